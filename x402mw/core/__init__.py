@@ -1,0 +1,1 @@
+"""The protocol and the money rules. Pure: no clock, no randomness, no environment, no I/O."""

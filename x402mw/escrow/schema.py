@@ -1,0 +1,68 @@
+"""The tables, as queries know them.
+
+What the database itself enforces (checks, keys, triggers) is written in `migrations/`; a test
+compares the two. All amounts and times are BIGINT: atomic units and whole seconds.
+"""
+
+from sqlalchemy import BigInteger, Column, MetaData, Table, Text
+
+metadata = MetaData()
+
+
+def _table(name: str, *, text: str, numbers: str = "", nullable: str = "") -> Table:
+    """A table of text columns and integer columns, each list separated by spaces."""
+    optional = set(nullable.split())
+    columns = [Column(column, Text, nullable=column in optional) for column in text.split()]
+    columns += [Column(column, BigInteger, nullable=column in optional) for column in numbers.split()]
+    return Table(name, metadata, *columns)
+
+
+service = _table(
+    "service",
+    text="network root_key entry_hash",
+    numbers="id entry_seq change_seq heartbeat up_since key_serial",
+)
+"""One row: who this service is, the heads of its sequences, and when it was last alive.
+
+Every writing transaction locks it first, so entries have one order and changes are seen in it.
+"""
+
+agents = _table("agents", text="agent_id name key_hash", numbers="created_at")
+
+accounts = _table("accounts", text="account asset", numbers="balance")
+
+entries = _table(
+    "entries",
+    text="kind escrow_id asset previous_hash hash",
+    numbers="seq created_at effective_at",
+    nullable="escrow_id",
+)
+
+postings = _table("postings", text="source target", numbers="seq line amount")
+
+escrows = _table(
+    "escrows",
+    text=(
+        "escrow_id kind status buyer provider asset session_key journal memo on_expiry close_reason"
+    ),
+    numbers=(
+        "amount released redeemed refunded fee referral fee_bps referral_bps created_at expires_at"
+        " claim_until closing_deadline opened change"
+    ),
+    nullable="claim_until closing_deadline close_reason",
+)
+
+journals = _table("journals", text="journal agent_id receipt_key", numbers="serial created_at")
+
+signing_keys = _table(
+    "signing_keys",
+    text="key_id public_key",
+    numbers="number created_at retired_at",
+    nullable="retired_at",
+)
+
+idempotency = _table(
+    "idempotency", text="principal route key body_hash answer", numbers="status created_at"
+)
+
+faucet_claims = _table("faucet_claims", text="agent_id source", numbers="day amount")

@@ -1,0 +1,39 @@
+"""What an operator can choose about an escrow service."""
+
+import re
+from dataclasses import dataclass, field
+
+from x402mw.core.amounts import USDC, Asset, Atomic, to_atomic
+from x402mw.core.errors import ConfigurationError
+from x402mw.core.tokens import CLAIM_SECONDS
+
+NETWORK = "escrow:main"
+_NETWORK = re.compile(r"escrow:[-_a-zA-Z0-9]{1,32}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One escrow service. `root_seed` (32 bytes) is the key its whole word rests on.
+
+    Amounts are atomic units of `asset`, times seconds. `claim_seconds` is S of the rules: how long
+    after a token's end its vouchers stay redeemable.
+    """
+
+    database_url: str
+    root_seed: bytes = field(repr=False)
+    network: str = NETWORK
+    asset: Asset = USDC
+    min_escrow: Atomic = to_atomic("1.00")
+    fee_bps: int = 100
+    claim_seconds: int = CLAIM_SECONDS
+    faucet_amount: Atomic = to_atomic("1.00")
+    faucet_daily: Atomic = to_atomic("100.00")
+    faucet_claims_per_source: int = 10
+
+    def __post_init__(self) -> None:
+        if not _NETWORK.fullmatch(self.network):
+            raise ConfigurationError('a network is named like "escrow:main"')
+        if not 0 <= self.fee_bps <= 10_000:
+            raise ConfigurationError("a fee lies between 0 and 10000 basis points")
+        if not 60 <= self.claim_seconds <= 600:
+            raise ConfigurationError("claim_seconds lies between 60 and 600")

@@ -1,0 +1,1 @@
+"""Shells around the core for those who sell: middleware, meter, journal, redeemer."""
