@@ -4,6 +4,8 @@ What the database itself enforces (checks, keys, triggers) is written in `migrat
 compares the two. All amounts and times are BIGINT: atomic units and whole seconds.
 """
 
+from typing import Any
+
 from sqlalchemy import BigInteger, Column, MetaData, Table, Text
 
 metadata = MetaData()
@@ -12,8 +14,12 @@ metadata = MetaData()
 def _table(name: str, *, text: str, numbers: str = "", nullable: str = "") -> Table:
     """A table of text columns and integer columns, each list separated by spaces."""
     optional = set(nullable.split())
-    columns = [Column(column, Text, nullable=column in optional) for column in text.split()]
-    columns += [Column(column, BigInteger, nullable=column in optional) for column in numbers.split()]
+    columns: list[Column[Any]] = [
+        Column(column, Text, nullable=column in optional) for column in text.split()
+    ]
+    columns += [
+        Column(column, BigInteger, nullable=column in optional) for column in numbers.split()
+    ]
     return Table(name, metadata, *columns)
 
 

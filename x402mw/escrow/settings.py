@@ -8,6 +8,7 @@ from x402mw.core.errors import ConfigurationError
 from x402mw.core.tokens import CLAIM_SECONDS
 
 NETWORK = "escrow:main"
+ONE_DOLLAR, HUNDRED_DOLLARS = to_atomic("1.00"), to_atomic("100.00")
 _NETWORK = re.compile(r"escrow:[-_a-zA-Z0-9]{1,32}", re.ASCII)
 
 
@@ -23,11 +24,11 @@ class Settings:
     root_seed: bytes = field(repr=False)
     network: str = NETWORK
     asset: Asset = USDC
-    min_escrow: Atomic = to_atomic("1.00")
+    min_escrow: Atomic = ONE_DOLLAR
     fee_bps: int = 100
     claim_seconds: int = CLAIM_SECONDS
-    faucet_amount: Atomic = to_atomic("1.00")
-    faucet_daily: Atomic = to_atomic("100.00")
+    faucet_amount: Atomic = ONE_DOLLAR
+    faucet_daily: Atomic = HUNDRED_DOLLARS
     faucet_claims_per_source: int = 10
 
     def __post_init__(self) -> None:

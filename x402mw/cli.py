@@ -1,0 +1,205 @@
+"""The command line: `x402mw escrow ...`, `x402mw register`, `x402mw demo`.
+
+A composition root: it reads options and the environment and wires the parts, which are imported
+inside the commands, so that `x402mw --help` works whatever extras are installed.
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+
+try:
+    import typer
+except ImportError:  # pragma: no cover (needs an environment without the extra)
+    sys.exit('the x402mw command needs its extras: pip install "x402mw[demo]"')
+
+from x402mw.core.amounts import to_atomic
+from x402mw.core.errors import X402mwError
+from x402mw.core.strict import b64url_encode
+
+if TYPE_CHECKING:
+    from x402mw.escrow.ledger import Ledger
+
+ROOT_KEY_VARIABLE = "X402MW_ROOT_KEY"
+DATABASE = "x402mw-escrow.db"
+NETWORK = "escrow:main"
+
+app = typer.Typer(no_args_is_help=True, help="Payments between programs, over plain HTTP.")
+escrow = typer.Typer(no_args_is_help=True, help="Runs and audits an escrow service.")
+app.add_typer(escrow, name="escrow")
+
+Database = Annotated[
+    str, typer.Option("--db", help="A SQLite file, or postgresql://user:password@host/name.")
+]
+Result = TypeVar("Result")
+
+
+def main() -> None:
+    """Runs the command line; our own errors become one line and exit status 1."""
+    try:
+        app()
+    except X402mwError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"x402mw: {message}", err=True)
+    raise SystemExit(1)
+
+
+@escrow.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8401,
+    db: Database = DATABASE,
+    network: Annotated[str, typer.Option(help="Fixed once there is a database.")] = NETWORK,
+    min_escrow: Annotated[str, typer.Option(help="The least a session locks.")] = "1.00",
+    faucet: Annotated[str, typer.Option(help="What a new agent may claim once.")] = "1.00",
+    faucet_daily: Annotated[str, typer.Option(help="All claims of one day; 0 = off.")] = "100.00",
+    faucet_per_source: Annotated[int, typer.Option(help="Claims of one address a day.")] = 10,
+) -> None:
+    """Serve the escrow until SIGTERM; prints its URL and root key as NAME=value lines."""
+    from x402mw.core.keys import public_key
+    from x402mw.escrow import serve as server
+    from x402mw.escrow.api import create_app
+    from x402mw.escrow.settings import Settings
+
+    settings = Settings(
+        database_url=db,
+        root_seed=_root_seed(db, may_create=True),
+        network=network,
+        min_escrow=to_atomic(min_escrow),
+        faucet_amount=to_atomic(faucet),
+        faucet_daily=to_atomic(faucet_daily),
+        faucet_claims_per_source=faucet_per_source,
+    )
+    try:
+        sock = server.bind(host, port)
+    except OSError as error:
+        _fail(f"cannot listen on {host} port {port}: {error.strerror}")
+
+    def announce() -> None:
+        print(f"X402MW_ESCROW={server.url_of(sock)}", flush=True)  # noqa: T201
+        root_key = b64url_encode(public_key(settings.root_seed))
+        print(f"X402MW_ESCROW_ROOT={root_key}", flush=True)  # noqa: T201
+
+    if not server.run(create_app(settings), sock, announce):
+        _fail("the escrow did not start")
+
+
+@escrow.command()
+def deposit(
+    agent: Annotated[str, typer.Argument(help="The agent's id, ag_...")],
+    amount: Annotated[str, typer.Argument(help='What was received, such as "25.00".')],
+    db: Database = DATABASE,
+) -> None:
+    """Book money that you received for an agent."""
+    from x402mw.escrow import agents
+
+    units = to_atomic(amount)
+
+    async def book(ledger: "Ledger") -> str:
+        async with ledger.write() as tx:
+            answer = await agents.deposit(tx, agent, units)
+        return str(answer["balance"])
+
+    typer.echo(f"{agent} has {_with_ledger(db, book)}")
+
+
+@escrow.command()
+def check(db: Database = DATABASE) -> None:
+    """Prove a whole database: balances, fees, every escrow, the hash chain."""
+    violations = _with_ledger(db, lambda ledger: ledger.check())
+    for violation in violations:
+        typer.echo(violation)
+    if violations:
+        raise typer.Exit(1)
+    typer.echo("the books balance and the chain verifies")
+
+
+@escrow.command(name="rotate-key")
+def rotate_key(db: Database = DATABASE) -> None:
+    """Retire the signing key and start the next; a running service follows at once."""
+    _with_ledger(db, lambda ledger: ledger.rotate_keys())
+    typer.echo("a new signing key is in use; old tokens stay redeemable")
+
+
+def _with_ledger(db: str, use: "Callable[[Ledger], Awaitable[Result]]") -> Result:
+    """Opens an existing database beside the service, uses it and lets go of it."""
+    from x402mw.escrow.database import database_file
+    from x402mw.escrow.ledger import find_network, open_ledger
+    from x402mw.escrow.settings import Settings
+
+    file = database_file(db)
+    if file is not None and not file.exists():
+        _fail(f"there is no database {file}")
+    root_seed = _root_seed(db, may_create=False)
+
+    async def run() -> Result:
+        settings = Settings(db, root_seed, network=await find_network(db))
+        ledger = await open_ledger(settings, time.time, serving=False)
+        try:
+            return await use(ledger)
+        finally:
+            await ledger.close()
+
+    return asyncio.run(run())
+
+
+def _root_seed(db: str, *, may_create: bool) -> bytes:
+    from x402mw.escrow.database import database_file
+    from x402mw.escrow.keys import load_root_seed
+
+    file = database_file(db)
+    path = None if file is None else Path(f"{file}.rootkey")
+    # Beside a database that exists, a missing key was lost: a new one would disown every session.
+    may_create = may_create and file is not None and not file.exists()
+    return load_root_seed(path, os.environ.get(ROOT_KEY_VARIABLE), may_create=may_create)
+
+
+@app.command()
+def register(
+    name: Annotated[str, typer.Argument(help="What to call the agent.")],
+    escrow_url: Annotated[str, typer.Option("--escrow", help="The escrow's URL.")],
+) -> None:
+    """Register an agent and print the settings of a provider or buyer as NAME=value lines."""
+    import httpx
+
+    from x402mw.core.strict import b64url_decode
+    from x402mw.core.tokens import open_key_set
+
+    base = escrow_url.rstrip("/")
+    try:
+        with httpx.Client(timeout=10) as http:
+            keys = http.get(f"{base}/.well-known/x402mw-keys").raise_for_status().json()
+            open_key_set(keys["key_set"], b64url_decode(keys["root_key"], 32))
+            answer = http.post(f"{base}/api/v1/agents", json={"name": name})
+            agent = answer.raise_for_status().json()
+            api_key, agent_id = agent["api_key"], agent["agent_id"]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        _fail(f"{base} did not answer as an escrow: {error}")
+    typer.echo(f"X402MW_ESCROW={base}")
+    typer.echo(f"X402MW_AGENT={agent_id}")
+    typer.echo(f"X402MW_API_KEY={api_key}")
+    typer.echo("X402MW_JOURNAL=x402mw-journal.db")
+    typer.echo("X402MW_ORIGINS=http://127.0.0.1:8402")
+    typer.echo(f"X402MW_ESCROW_ROOT={keys['root_key']}")
+
+
+@app.command()
+def demo(
+    *,
+    keep: Annotated[bool, typer.Option(help="Leave everything running at the end.")] = False,
+) -> None:
+    """Buy for real between three processes, and check that the books balance."""
+    from demo_provider.run import main as run_demo
+
+    raise typer.Exit(run_demo(keep=keep))
+
+
+if __name__ == "__main__":
+    main()

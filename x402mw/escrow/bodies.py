@@ -1,0 +1,134 @@
+"""What request bodies may hold: strict models that turn strangers' JSON into values.
+
+Amounts arrive as display strings and leave as atomic integers; ids and keys stay text, once it is
+certain that they are well formed. Unknown members are refused: a misspelt one must not be ignored.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from x402mw.core import ids
+from x402mw.core.amounts import AMOUNT_MAX, Atomic, to_atomic, to_atomic_floor
+from x402mw.core.errors import X402mwError
+from x402mw.core.keys import PUBLIC_KEY_BYTES, check_public_key
+from x402mw.core.strict import b64url_decode
+
+NAME_CHARACTERS_MAX = 100
+MEMO_CHARACTERS_MAX = 500
+EXPIRES_SECONDS_MIN = 30 * 60
+EXPIRES_SECONDS_DEFAULT = 24 * 60 * 60
+EXPIRES_SECONDS_MAX = 365 * 24 * 60 * 60
+REDEEM_ITEMS_MAX = 1000
+
+
+def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def run(value: Any) -> Any:
+        try:
+            return check(value)
+        except X402mwError as error:
+            raise ValueError(str(error)) from None
+
+    return run
+
+
+def _positive(amount: Atomic) -> Atomic:
+    if amount == 0:
+        raise ValueError("an amount of 0 moves nothing")
+    return amount
+
+
+def _printable(text: str) -> str:
+    # Control characters forge log lines, and a database may refuse NUL with an error of its own.
+    if not text.isprintable():
+        raise ValueError("only printable characters belong here")
+    return text
+
+
+def _key(text: str) -> str:
+    check_public_key(b64url_decode(text, PUBLIC_KEY_BYTES))
+    return text
+
+
+def _id(prefix: str) -> AfterValidator:
+    return AfterValidator(_checked(lambda text: ids.format_id(prefix, ids.parse_id(prefix, text))))
+
+
+Amount = Annotated[Atomic, BeforeValidator(_checked(to_atomic))]
+PositiveAmount = Annotated[Amount, AfterValidator(_positive)]
+Total = Annotated[Atomic, BeforeValidator(_checked(to_atomic_floor))]
+PublicKey = Annotated[str, AfterValidator(_checked(_key))]
+AgentId = Annotated[str, _id(ids.AGENT)]
+EscrowId = Annotated[str, _id(ids.ESCROW)]
+JournalId = Annotated[str, _id(ids.JOURNAL)]
+Serial = Annotated[int, Field(ge=0, le=AMOUNT_MAX)]
+
+
+class Body(BaseModel):
+    """A request body; itself the empty one."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class NewAgent(Body):
+    """`POST /agents`."""
+
+    name: Annotated[
+        str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(_printable)
+    ]
+
+
+class NewJournal(Body):
+    """`PUT /journals/{id}`."""
+
+    receipt_key: PublicKey
+
+
+class NewEscrow(Body):
+    """`POST /escrow`: a session."""
+
+    to_agent_id: AgentId
+    amount: PositiveAmount
+    session_key: PublicKey
+    journal: JournalId
+    expires_in_seconds: Annotated[int, Field(ge=EXPIRES_SECONDS_MIN, le=EXPIRES_SECONDS_MAX)] = (
+        EXPIRES_SECONDS_DEFAULT
+    )
+    memo: Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(_printable)] = ""
+
+
+class TopUp(Body):
+    """`POST /escrow/{id}/topup`."""
+
+    amount: PositiveAmount
+
+
+class Release(Body):
+    """`POST /escrow/{id}/release`: a total, not a difference."""
+
+    cumulative: Total
+
+
+class RedemptionItem(Body):
+    """One voucher with the total y to redeem, or the close of a session without a voucher."""
+
+    voucher: Annotated[str, Field(max_length=1024)] | None = None
+    escrow_id: EscrowId | None = None
+    amount: Total
+    final: bool = False
+
+
+class Redemption(Body):
+    """`POST /redeem`. `serial` is the journal's own write counter."""
+
+    journal: JournalId
+    serial: Serial
+    items: Annotated[list[RedemptionItem], Field(max_length=REDEEM_ITEMS_MAX)]
+
+
+class Close(Body):
+    """`POST /escrow/{id}/close`: a provider may bring the last voucher and total."""
+
+    voucher: Annotated[str, Field(max_length=1024)] | None = None
+    amount: Total | None = None

@@ -1,0 +1,104 @@
+"""Opens the database and brings its schema up to date: SQLite by a file, PostgreSQL by a URL.
+
+Transactions are short and decided under one lock: BEGIN IMMEDIATE on SQLite, a locked `service` row
+on PostgreSQL (READ COMMITTED). Only connections marked `READING` begin without it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, event, make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from x402mw.core.errors import ConfigurationError
+
+READING = {"x402mw_reading": True}
+"""Execution options of a connection that only reads."""
+
+BUSY_MILLISECONDS = 10_000
+CONNECTIONS_MAX = 8
+_CONFLICTS = ("40001", "40P01")
+
+
+def normal_url(text: str) -> str:
+    """Accepts a plain path, `sqlite:///path` or `postgresql://...`, and names the async driver."""
+    if "://" not in text:
+        return f"sqlite+aiosqlite:///{text}"
+    scheme, rest = text.split("://", 1)
+    drivers = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+    scheme = drivers.get(scheme, scheme)
+    if scheme not in drivers.values():
+        raise ConfigurationError("a database is a file path, sqlite:///... or postgresql://...")
+    return f"{scheme}://{rest}"
+
+
+def database_file(url: str) -> Path | None:
+    """The file behind a SQLite URL; None for a database server."""
+    parsed = make_url(normal_url(url))
+    if parsed.get_backend_name() != "sqlite":
+        return None
+    if not parsed.database or parsed.database == ":memory:":
+        raise ConfigurationError("money needs a database that outlives its process: name a file")
+    return Path(parsed.database)
+
+
+def open_engine(url: str) -> AsyncEngine:
+    """Makes the engine; nothing is connected yet. The caller disposes of it."""
+    if database_file(url) is not None:
+        engine = create_async_engine(normal_url(url), pool_size=CONNECTIONS_MAX, max_overflow=0)
+        _prepare_sqlite(engine.sync_engine)
+        return engine
+    return create_async_engine(
+        normal_url(url),
+        pool_size=CONNECTIONS_MAX,
+        max_overflow=0,
+        pool_pre_ping=True,
+        isolation_level="READ COMMITTED",
+    )
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, _record: Any) -> None:
+        # The driver must not begin transactions by itself: it would begin them deferred.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        reading = connection.get_execution_options().get("x402mw_reading")
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+async def migrate(engine: AsyncEngine) -> None:
+    """Brings the schema to the newest revision, in one transaction."""
+    async with engine.begin() as connection:
+        await connection.run_sync(_upgrade)
+
+
+def _upgrade(connection: Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def is_conflict(error: DBAPIError) -> bool:
+    """Tells whether the database asks to run the very same transaction again."""
+    state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    return state in _CONFLICTS
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Tells whether the database cannot work now (locked, full, away), as against refusing data."""
+    return isinstance(error, (OperationalError, InterfaceError, PoolTimeout, OSError))

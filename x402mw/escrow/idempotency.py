@@ -1,0 +1,91 @@
+"""Idempotency keys: the stored answer of an operation commits together with what it moved.
+
+`docs/money.md` 8. Refusals that depended on state are stored like any answer, so a key that was
+refused can never succeed later.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, select
+
+from x402mw.escrow import schema
+from x402mw.escrow.errors import Refused
+from x402mw.escrow.transactions import Transaction
+
+KEY_CHARACTERS_MAX = 255
+KEPT_SECONDS = 7 * 24 * 60 * 60
+RETRY_AFTER_SECONDS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One use of an `Idempotency-Key`: scoped to a principal and a route, bound to a body."""
+
+    principal: str
+    route: str
+    key: str
+    body_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a request is answered with; `replayed` if it was stored before."""
+
+    status: int
+    body: str
+    replayed: bool = False
+
+
+def hash_body(value: Any) -> str:
+    """Hashes parsed JSON, so that spelling the same request differently is the same request."""
+    text = json.dumps(value, sort_keys=True, default=str, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def running() -> Refused:
+    """The same key is being worked on right now."""
+    return Refused(
+        409,
+        "idempotency_running",
+        "a request with this key is still running",
+        headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+    )
+
+
+async def find(tx: Transaction, key: Key) -> Answer | None:
+    """Returns the stored answer, or refuses a key that was used for another body."""
+    table = schema.idempotency
+    query = select(table).where(
+        table.c.principal == key.principal, table.c.route == key.route, table.c.key == key.key
+    )
+    row = (await tx.connection.execute(query)).one_or_none()
+    if row is None:
+        return None
+    if row.body_hash != key.body_hash:
+        raise Refused(422, "idempotency_mismatch", "this key was used for a different request")
+    return Answer(row.status, row.answer, replayed=True)
+
+
+async def store(tx: Transaction, key: Key, answer: Answer) -> None:
+    """Keeps an answer for as long as anyone could retry."""
+    await tx.insert(
+        schema.idempotency,
+        {
+            "principal": key.principal,
+            "route": key.route,
+            "key": key.key,
+            "body_hash": key.body_hash,
+            "status": answer.status,
+            "answer": answer.body,
+            "created_at": tx.now,
+        },
+    )
+
+
+async def prune(tx: Transaction) -> None:
+    """Forgets answers that nobody asks for any more."""
+    table = schema.idempotency
+    await tx.connection.execute(delete(table).where(table.c.created_at < tx.now - KEPT_SECONDS))

@@ -1,0 +1,228 @@
+"""The ledger: opens a database, and runs operations on it one transaction at a time.
+
+An operation is an async function of a `Transaction` (`agents`, `sessions`, `redemption`). `perform`
+gives it idempotency, applies the deadlines of the caller first, turns refusals into answers, and
+runs it again when the database asks for that. Readers see a moment of their own.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import insert, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from x402mw.core.errors import ConfigurationError
+from x402mw.core.strict import b64url_encode
+from x402mw.escrow import books, database, deadlines, idempotency, schema
+from x402mw.escrow.errors import Refused
+from x402mw.escrow.idempotency import Answer, Key
+from x402mw.escrow.keys import Signer
+from x402mw.escrow.rules import FAUCET, HOUSE, WORLD, InvalidState
+from x402mw.escrow.settings import Settings
+from x402mw.escrow.transactions import Transaction
+
+Clock = Callable[[], float]
+Operation = Callable[[Transaction], Awaitable[dict[str, Any]]]
+
+ATTEMPTS_MAX = 5
+
+
+class Ledger:
+    """One escrow's books. Make it with `open_ledger`.
+
+    Only a serving ledger writes heartbeats: a command on the same database must not make a
+    service that is down look alive.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, settings: Settings, clock: Clock, *, serving: bool
+    ) -> None:
+        self.settings = settings
+        self.signer = Signer(settings)
+        self._engine = engine
+        self._clock = clock
+        self._serving = serving
+        # Our own writers queue here in order, instead of polling for the database's lock.
+        self._writer = asyncio.Lock()
+        self._running: set[Key] = set()
+
+    def now(self) -> int:
+        """The whole second it is."""
+        return int(self._clock())
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A connection that only reads, and sees one moment."""
+        async with self._engine.connect() as connection:
+            options: dict[str, Any] = dict(database.READING)
+            if self._engine.dialect.name == "postgresql":
+                options["isolation_level"] = "REPEATABLE READ"
+            await connection.execution_options(**options)
+            async with connection.begin():
+                yield connection
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[Transaction]:
+        """The one writing transaction; commits at the end, or not at all."""
+        async with self._writer, self._engine.begin() as connection:
+            tx = await Transaction.begin(
+                connection, now=self.now(), settings=self.settings, signer=self.signer
+            )
+            await self.signer.refresh(connection, tx.service.key_serial)
+            if self._serving:
+                await deadlines.beat(tx)
+                await tx.flush()
+            yield tx
+            await tx.flush()
+
+    async def perform(
+        self, operation: Operation, *, caller: str | None, key: Key | None = None, status: int = 200
+    ) -> Answer:
+        """Runs one operation for an agent and returns its answer, refusals included."""
+        if key is None:
+            return await self._with_retries(operation, caller, None, status)
+        if key in self._running:
+            raise idempotency.running()
+        self._running.add(key)
+        try:
+            return await self._with_retries(operation, caller, key, status)
+        finally:
+            self._running.discard(key)
+
+    async def _with_retries(
+        self, operation: Operation, caller: str | None, key: Key | None, status: int
+    ) -> Answer:
+        for attempt in range(1, ATTEMPTS_MAX + 1):
+            try:
+                async with self.write() as tx:
+                    return await _answer(tx, operation, caller, key, status)
+            except DBAPIError as error:
+                if attempt == ATTEMPTS_MAX or not database.is_conflict(error):
+                    raise
+        raise AssertionError("unreachable")
+
+    async def refresh(self, caller: str | None) -> None:
+        """Applies the deadlines of an agent before something of it is read."""
+        query = select(schema.escrows.c.escrow_id).where(
+            deadlines.due_before(self.now()), deadlines.of_party(caller)
+        )
+        async with self.read() as connection:
+            due = (await connection.execute(query.limit(1))).first()
+        if due is not None and self._serving:
+            async with self.write() as tx:
+                await deadlines.apply(tx, caller)
+
+    async def sweep(self) -> None:
+        """What the background task does: heartbeat, deadlines of everyone, old answers."""
+        due = deadlines.SWEEP_ITEMS_MAX
+        while due == deadlines.SWEEP_ITEMS_MAX:
+            async with self.write() as tx:
+                due = await deadlines.apply(tx, limit=deadlines.SWEEP_ITEMS_MAX)
+                await idempotency.prune(tx)
+
+    async def rotate_keys(self) -> None:
+        """Retires the signing key and starts the next; the serial of the key set rises."""
+        async with self.write() as tx:
+            tx.service.key_serial += 1
+            await self.signer.add_key(tx.connection, self.signer.number + 1, tx.now)
+
+    async def key_set(self) -> str:
+        """The signed key set, fresh."""
+        async with self.read() as connection:
+            serial = (await connection.execute(select(schema.service.c.key_serial))).scalar_one()
+            return await self.signer.key_set(connection, serial, self.now())
+
+    async def check(self) -> list[str]:
+        """Reads everything and returns every violated invariant (`books.check`)."""
+        async with self.read() as connection:
+            found = await books.read_books(connection)
+        return books.check(found)
+
+    async def close(self) -> None:
+        """Lets go of the database."""
+        await self._engine.dispose()
+
+
+async def _answer(
+    tx: Transaction, operation: Operation, caller: str | None, key: Key | None, status: int
+) -> Answer:
+    """Decides one operation inside its transaction; its answer commits with its effects."""
+    if key is not None and (stored := await idempotency.find(tx, key)) is not None:
+        return stored
+    if caller is not None:
+        await deadlines.apply(tx, caller)
+    try:
+        answer = Answer(status, json.dumps(await operation(tx)))
+    except (Refused, InvalidState) as error:
+        tx.discard()
+        refusal = error if isinstance(error, Refused) else _invalid_state(error)
+        answer = Answer(refusal.status, json.dumps(refusal.problem()))
+    if key is not None:
+        await idempotency.store(tx, key, answer)
+    return answer
+
+
+def _invalid_state(error: InvalidState) -> Refused:
+    return Refused(409, "invalid_state", str(error), state=error.status)
+
+
+async def open_ledger(settings: Settings, clock: Clock, *, serving: bool) -> Ledger:
+    """Opens the books: newest schema, first key, and the same network and root key as ever."""
+    engine = database.open_engine(settings.database_url)
+    try:
+        await database.migrate(engine)
+        ledger = Ledger(engine, settings, clock, serving=serving)
+        async with engine.begin() as connection:
+            await _found(connection, ledger)
+    except BaseException:
+        await engine.dispose()
+        raise
+    return ledger
+
+
+async def find_network(url: str) -> str:
+    """The network name of a database that exists: what a command beside the service needs."""
+    engine = database.open_engine(url)
+    try:
+        async with engine.connect() as connection:
+            await connection.execution_options(**database.READING)
+            return str((await connection.execute(select(schema.service.c.network))).scalar_one())
+    finally:
+        await engine.dispose()
+
+
+async def _found(connection: AsyncConnection, ledger: Ledger) -> None:
+    """Writes the first rows of a new database, or checks that they are ours."""
+    root_key = b64url_encode(ledger.signer.root_key)
+    row = (await connection.execute(select(schema.service))).one_or_none()
+    if row is None:
+        await _write_first_rows(connection, ledger, root_key)
+    elif (row.network, row.root_key) != (ledger.settings.network, root_key):
+        raise ConfigurationError("this database belongs to another network or root key")
+
+
+async def _write_first_rows(connection: AsyncConnection, ledger: Ledger, root_key: str) -> None:
+    now = ledger.now()
+    accounts = [
+        {"account": name, "asset": ledger.settings.asset.code, "balance": 0}
+        for name in (WORLD, FAUCET, HOUSE)
+    ]
+    await connection.execute(insert(schema.accounts), accounts)
+    await connection.execute(
+        insert(schema.service).values(
+            id=1,
+            network=ledger.settings.network,
+            root_key=root_key,
+            entry_seq=0,
+            entry_hash=books.GENESIS,
+            change_seq=0,
+            heartbeat=now,
+            up_since=now,
+            key_serial=1,
+        )
+    )
+    await ledger.signer.add_key(connection, 1, now)

@@ -1,0 +1,1 @@
+"""The schema's history, run by `database.migrate` when the service starts."""

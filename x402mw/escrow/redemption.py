@@ -1,0 +1,197 @@
+"""Redeeming: a provider presents vouchers in a batch, each is judged alone, all move together.
+
+Signatures are checked before the transaction, in a thread, by the same function the provider
+used. Several items of one session count as one: the largest total wins and every item is told the
+state that followed. `docs/money.md` 4, `docs/escrow.md`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anyio.to_thread import run_sync
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from x402mw.core import ids
+from x402mw.core.amounts import ZERO, Atomic, display
+from x402mw.core.errors import Malformed
+from x402mw.core.strict import b64url_decode
+from x402mw.core.vouchers import SignedVoucher, parse_voucher, verify_voucher
+from x402mw.escrow import agents, rules, schema
+from x402mw.escrow.bodies import Redemption, RedemptionItem
+from x402mw.escrow.books import escrow_columns
+from x402mw.escrow.errors import Refused
+from x402mw.escrow.rules import Escrow, Event, InvalidState, Phase
+from x402mw.escrow.transactions import Transaction
+
+CHANGES_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One item that may count: `proven` is min(y, cumulative), and its signature verified."""
+
+    escrow_id: str
+    proven: Atomic
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BadItem:
+    """One item that cannot count, and why; it never blocks the others."""
+
+    code: str
+    detail: str
+
+
+# Before the transaction.
+
+
+async def judge(
+    connection: AsyncConnection, caller: str, items: Sequence[RedemptionItem], network_id: bytes
+) -> list[Claim | BadItem]:
+    """Checks every item that needs no lock: form, network, owner and signature, in order."""
+    parsed = await run_sync(lambda: [_parse(item, network_id) for item in items])
+    wanted = {_escrow_id(item) for item in parsed if not isinstance(item, BadItem)}
+    keys = await _session_keys(connection, caller, wanted)
+    return await run_sync(
+        lambda: [_verify(item, found, keys) for item, found in zip(items, parsed, strict=True)]
+    )
+
+
+def _parse(item: RedemptionItem, network_id: bytes) -> SignedVoucher | str | BadItem:
+    """A voucher, or the id of a session to close without one."""
+    if item.voucher is None:
+        if item.amount or not item.final or item.escrow_id is None:
+            return BadItem("voucher_required", "only a final amount of 0 needs no voucher")
+        return item.escrow_id
+    try:
+        signed = parse_voucher(item.voucher)
+    except Malformed as error:
+        return BadItem("malformed", str(error))
+    if signed.voucher.network != network_id:
+        return BadItem("wrong_network", "the voucher is for another network")
+    if item.escrow_id not in (None, _escrow_id(signed)):
+        return BadItem("malformed", "escrow_id is not the session of the voucher")
+    return signed
+
+
+def _escrow_id(found: SignedVoucher | str) -> str:
+    return found if isinstance(found, str) else ids.format_id(ids.ESCROW, found.voucher.session)
+
+
+async def _session_keys(
+    connection: AsyncConnection, caller: str, wanted: set[str]
+) -> dict[str, bytes]:
+    """The session keys of those escrows that the caller is the provider of."""
+    escrows = schema.escrows.c
+    rows = await connection.execute(
+        select(escrows.escrow_id, escrows.session_key).where(
+            escrows.escrow_id.in_(sorted(wanted)), escrows.provider == caller
+        )
+    )
+    return {row.escrow_id: b64url_decode(row.session_key, 32) for row in rows}
+
+
+def _verify(
+    item: RedemptionItem, found: SignedVoucher | str | BadItem, keys: dict[str, bytes]
+) -> Claim | BadItem:
+    if isinstance(found, BadItem):
+        return found
+    escrow_id = _escrow_id(found)
+    if escrow_id not in keys:
+        return BadItem("unknown_session", "you are not the provider of such a session")
+    if isinstance(found, str):
+        return Claim(escrow_id, ZERO, final=True)
+    if not verify_voucher(found, keys[escrow_id]):
+        return BadItem("signature", "the session key did not sign this voucher")
+    return Claim(escrow_id, min(item.amount, found.voucher.cumulative), item.final)
+
+
+# Inside the transaction.
+
+
+async def redeem(
+    tx: Transaction, caller: str, batch: Redemption, judged: Sequence[Claim | BadItem]
+) -> dict[str, Any]:
+    """Applies what was judged, one change for each session, and answers item by item."""
+    highest = await agents.note_serial(tx, caller, batch.journal, batch.serial)
+    totals = _combine(judged)
+    escrows = schema.escrows.c
+    rows = await tx.escrows(select(*escrow_columns()).where(escrows.escrow_id.in_(sorted(totals))))
+    results = {row.escrow_id: _settle(tx, row, totals[row.escrow_id]) for row in rows}
+    verdicts = (item if isinstance(item, BadItem) else results[item.escrow_id] for item in judged)
+    return {"serial": highest, "items": [_describe(verdict) for verdict in verdicts]}
+
+
+def _combine(judged: Sequence[Claim | BadItem]) -> dict[str, Claim]:
+    totals: dict[str, Claim] = {}
+    for item in judged:
+        if isinstance(item, BadItem):
+            continue
+        other = totals.get(item.escrow_id, item)
+        final = item.final or other.final
+        totals[item.escrow_id] = Claim(item.escrow_id, max(item.proven, other.proven), final)
+    return totals
+
+
+def _settle(tx: Transaction, before: Escrow, claim: Claim) -> Escrow | BadItem:
+    # An ended session that already paid the claim is a repeated request, not a mistake.
+    if before.phase is Phase.ENDED and min(claim.proven, before.amount) <= before.released:
+        return before
+    event = Event.PROVIDER_CLOSE if claim.final else Event.REDEEM
+    change = rules.close_by_provider if claim.final else rules.redeem
+    try:
+        after = change(before, claim.proven)
+    except InvalidState as error:
+        return BadItem("invalid_state", str(error))
+    return before if after == before else tx.save(before, after, event.value)
+
+
+def _describe(verdict: Escrow | BadItem) -> dict[str, Any]:
+    if isinstance(verdict, BadItem):
+        return {"ok": False, "code": verdict.code, "detail": verdict.detail}
+    return {
+        "ok": True,
+        "escrow_id": verdict.escrow_id,
+        "redeemed": display(verdict.redeemed),
+        "released": display(verdict.released),
+        "deposit": display(verdict.amount),
+        "state": verdict.status,
+    }
+
+
+def proven_by(judged: Claim | BadItem, escrow_id: str) -> Atomic:
+    """What one voucher proves for one escrow, or `Refused`: the close of a provider."""
+    if isinstance(judged, BadItem):
+        raise Refused(422, judged.code, judged.detail)
+    if judged.escrow_id != escrow_id:
+        raise Refused(422, "unknown_session", "the voucher is for another session")
+    return judged.proven
+
+
+async def show_changes(
+    tx: Transaction, caller: str, journal: str, *, serial: int, since: int, limit: int
+) -> dict[str, Any]:
+    """The sessions of a journal that changed after `since`, in the order of their last change."""
+    highest = await agents.note_serial(tx, caller, journal, serial)
+    escrows = schema.escrows.c
+    query = select(*escrow_columns()).where(escrows.journal == journal, escrows.change > since)
+    found = await tx.escrows(query.order_by(escrows.change).limit(limit))
+    return {
+        "next": found[-1].change if found else since,
+        "serial": highest,
+        "changes": [_describe_change(escrow) for escrow in found],
+    }
+
+
+def _describe_change(escrow: Escrow) -> dict[str, Any]:
+    return {
+        "escrow_id": escrow.escrow_id,
+        "state": escrow.status,
+        "deposit": display(escrow.amount),
+        "redeemed": display(escrow.redeemed),
+        "released": display(escrow.released),
+        "claim_until": escrow.claim_until,
+    }

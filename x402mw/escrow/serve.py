@@ -1,0 +1,63 @@
+"""Runs the escrow as a process: one socket, one announcement, a clean end on SIGTERM."""
+
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from starlette.types import ASGIApp
+
+KEEP_ALIVE_SECONDS = 30
+SHUTDOWN_SECONDS = 10
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes the address now, so that port 0 has become a real port when it is announced."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """The URL of a bound socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class AnnouncingServer(uvicorn.Server):
+    """A uvicorn server that says when it really listens."""
+
+    def __init__(self, app: ASGIApp, announce: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                ws="none",
+                lifespan="on",
+                # The app stamps its own Date, and which server this is concerns nobody.
+                date_header=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            )
+        )
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts as usual, then announces."""
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._announce()
+
+
+def run(app: ASGIApp, sock: socket.socket, announce: Callable[[], None]) -> bool:
+    """Serves until a signal; returns whether it ever started."""
+    server = AnnouncingServer(app, announce)
+    # uvicorn repeats the signal that stopped it; after a clean end there is nothing left to kill.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[sock])
+    return server.started

@@ -1,0 +1,212 @@
+"""Session escrows from the buyer's side and the close from both: lock, token, release, close.
+
+Every function is one operation inside one transaction (`ledger.perform`) and answers with the
+escrow as its parties see it. `docs/money.md` 4 to 6; the API is in `docs/escrow.md`.
+"""
+
+import secrets
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from x402mw.core import ids
+from x402mw.core.amounts import Atomic, display
+from x402mw.core.strict import b64url_decode
+from x402mw.core.tokens import SessionToken
+from x402mw.escrow import agents, rules, schema
+from x402mw.escrow.bodies import NewEscrow
+from x402mw.escrow.books import escrow_columns
+from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.rules import Escrow, Event, agent_account
+from x402mw.escrow.transactions import Transaction, fetch_escrows
+
+
+def describe(escrow: Escrow) -> dict[str, Any]:
+    """An escrow as its two parties see it: display amounts, whole seconds."""
+    return {
+        "escrow_id": escrow.escrow_id,
+        "kind": escrow.kind,
+        "status": escrow.status,
+        "from_agent_id": escrow.buyer,
+        "to_agent_id": escrow.provider,
+        "asset": escrow.asset,
+        "amount": display(escrow.amount),
+        "released": display(escrow.released),
+        "redeemed": display(escrow.redeemed),
+        "refunded": display(escrow.refunded),
+        "remaining": display(escrow.remaining),
+        "fee": display(escrow.fee),
+        "session_key": escrow.session_key,
+        "journal": escrow.journal,
+        "memo": escrow.memo,
+        "on_expiry": escrow.on_expiry,
+        "created_at": escrow.created_at,
+        "expires_at": escrow.expires_at,
+        "claim_until": escrow.claim_until,
+        "closing_deadline": escrow.closing_deadline,
+        "close_reason": escrow.close_reason,
+    }
+
+
+async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]:
+    """Locks a buyer's money for one provider, and issues the first token."""
+    await _check_parties(tx, buyer, wish)
+    empty = rules.new_session(
+        escrow_id=ids.format_id(ids.ESCROW, secrets.token_bytes(ids.ID_BYTES)),
+        buyer=buyer,
+        provider=wish.to_agent_id,
+        asset=tx.settings.asset.code,
+        fee_bps=tx.settings.fee_bps,
+        session_key=wish.session_key,
+        journal=wish.journal,
+        memo=wish.memo,
+        created_at=tx.now,
+        expires_at=tx.now + wish.expires_in_seconds,
+    )
+    await _check_funds(tx, buyer, wish.amount)
+    locked, token = await _issue(tx, rules.top_up(empty, wish.amount))
+    return {**describe(tx.save(empty, locked, "lock")), "token": token}
+
+
+async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> None:
+    if wish.amount < tx.settings.min_escrow:
+        least = display(tx.settings.min_escrow)
+        raise Refused(422, "below_minimum", f"an escrow locks at least {least}", minimum=least)
+    if wish.to_agent_id == buyer:
+        raise Refused(422, "self_payment", "buyer and provider must be two agents")
+    if not await agents.exists(tx, wish.to_agent_id):
+        raise Refused(404, "unknown_agent", "there is no agent to_agent_id")
+    journal = await agents.find_journal(tx.connection, wish.journal)
+    if journal is None or journal.agent_id != wish.to_agent_id:
+        raise Refused(404, "unknown_journal", "to_agent_id has not registered this journal")
+
+
+async def _check_funds(tx: Transaction, buyer: str, amount: Atomic) -> None:
+    balance = await tx.balance(agent_account(buyer))
+    if balance < amount:
+        raise Refused(
+            409, "insufficient_funds", "your balance does not suffice", balance=display(balance)
+        )
+
+
+async def _issue(tx: Transaction, escrow: Escrow) -> tuple[Escrow, str]:
+    """Issues a token for the state given, and notes until when its vouchers will count."""
+    claim_seconds = tx.settings.claim_seconds
+    exp = rules.token_expiry(tx.now, escrow.expires_at, claim_seconds)
+    if exp is None:
+        raise Refused(409, "session_ending", "this session ends too soon for another token")
+    after = rules.issue_token(escrow, exp + claim_seconds)
+    journal = await agents.find_journal(tx.connection, escrow.journal)
+    token = SessionToken(
+        network=tx.settings.network,
+        session=ids.parse_id(ids.ESCROW, escrow.escrow_id),
+        pay_to=escrow.provider,
+        journal=ids.parse_id(ids.JOURNAL, escrow.journal),
+        session_key=b64url_decode(escrow.session_key, 32),
+        receipt_key=b64url_decode(journal.receipt_key, 32),
+        payer=escrow.buyer,
+        asset=escrow.asset,
+        deposit=escrow.amount,
+        released=escrow.released,
+        exp=exp,
+        claim_until=exp + claim_seconds,
+    )
+    return after, tx.signer.sign_token(token)
+
+
+async def renew_token(tx: Transaction, caller: str, escrow_id: str) -> dict[str, Any]:
+    """Issues a fresh token of an open session."""
+    before = await _as_buyer(tx, caller, escrow_id)
+    after, token = await _issue(tx, before)
+    return {**describe(tx.save(before, after, Event.TOKEN.value)), "token": token}
+
+
+async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -> dict[str, Any]:
+    """Locks more in an open session, and issues a token that says so."""
+    before = await _as_buyer(tx, caller, escrow_id)
+    grown = rules.top_up(before, amount)
+    await _check_funds(tx, caller, amount)
+    after, token = await _issue(tx, grown)
+    return {**describe(tx.save(before, after, Event.TOP_UP.value)), "token": token}
+
+
+async def release(
+    tx: Transaction, caller: str, escrow_id: str, cumulative: Atomic
+) -> dict[str, Any]:
+    """Pays out by hand, up to a total; a total already reached changes nothing."""
+    before = await _as_buyer(tx, caller, escrow_id)
+    return _keep(tx, before, rules.release(before, cumulative), Event.RELEASE)
+
+
+def close_as_buyer(tx: Transaction, before: Escrow) -> dict[str, Any]:
+    """Starts closing; ends at once when no voucher could be redeemed any more."""
+    closing = rules.close_by_buyer(before, tx.now)
+    if rules.is_due(closing, tx.now, tx.service.up_since):
+        return _keep(tx, before, rules.reach_deadline(closing), Event.DEADLINE)
+    return _keep(tx, before, closing, Event.BUYER_CLOSE)
+
+
+def close_as_provider(tx: Transaction, before: Escrow, proven: Atomic) -> dict[str, Any]:
+    """Redeems a last time and sends the rest home."""
+    after = rules.close_by_provider(before, proven)
+    return _keep(tx, before, after, Event.PROVIDER_CLOSE)
+
+
+def _keep(tx: Transaction, before: Escrow, after: Escrow, event: Event) -> dict[str, Any]:
+    return describe(before if after == before else tx.save(before, after, event.value))
+
+
+async def as_party(tx: Transaction, caller: str, escrow_id: str) -> Escrow:
+    """The escrow, if the caller is one of its two parties; to all others it does not exist."""
+    escrow = await tx.find_escrow(escrow_id)
+    if escrow is None or caller not in (escrow.buyer, escrow.provider):
+        raise not_found()
+    return escrow
+
+
+async def _as_buyer(tx: Transaction, caller: str, escrow_id: str) -> Escrow:
+    escrow = await as_party(tx, caller, escrow_id)
+    if caller != escrow.buyer:
+        raise Refused(403, "not_the_buyer", "only the buyer of this escrow may do that")
+    return escrow
+
+
+# Reading.
+
+
+async def show(connection: AsyncConnection, caller: str, escrow_id: str) -> dict[str, Any]:
+    """One escrow, to one of its parties."""
+    escrows = schema.escrows.c
+    query = select(*escrow_columns()).where(escrows.escrow_id == escrow_id)
+    found = await fetch_escrows(
+        connection, query.where((escrows.buyer == caller) | (escrows.provider == caller))
+    )
+    if not found:
+        raise not_found()
+    return describe(found[0])
+
+
+async def show_all(
+    connection: AsyncConnection,
+    caller: str,
+    *,
+    role: str | None,
+    status: str | None,
+    limit: int,
+    after: int | None,
+) -> dict[str, Any]:
+    """A page of the caller's escrows, newest first; `next` is the `after` of the next page."""
+    escrows = schema.escrows.c
+    parties = {"buyer": escrows.buyer == caller, "provider": escrows.provider == caller}
+    query = select(*escrow_columns()).where(
+        parties[role] if role else parties["buyer"] | parties["provider"]
+    )
+    if status is not None:
+        query = query.where(escrows.status == status)
+    if after is not None:
+        query = query.where(escrows.opened < after)
+    found = await fetch_escrows(connection, query.order_by(escrows.opened.desc()).limit(limit + 1))
+    page = found[:limit]
+    more = str(page[-1].opened) if len(found) > limit else None
+    return {"items": [describe(escrow) for escrow in page], "next": more}

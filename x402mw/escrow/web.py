@@ -1,0 +1,191 @@
+"""HTTP in and out for the escrow: bodies with a limit, strict JSON, and problems for everything.
+
+Nothing about money is decided here. `docs/escrow.md` lists the answers.
+"""
+
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from email.utils import formatdate
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from x402mw.core.amounts import AMOUNT_MAX
+from x402mw.core.errors import Malformed
+from x402mw.core.strict import loads_object
+from x402mw.escrow.database import is_unavailable
+from x402mw.escrow.errors import Refused
+from x402mw.escrow.idempotency import KEY_CHARACTERS_MAX, Answer, Key, hash_body
+
+BODY_BYTES_MAX = 64 * 1024
+PROBLEM_TYPE = "application/problem+json"
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
+_CODES = {404: "not_found", 405: "method_not_allowed", 400: "malformed"}
+_log = logging.getLogger("x402mw.escrow")
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[str, Any]:
+    """Reads a JSON object of limited size; no body at all is an empty object."""
+    raw = bytearray()
+    if int(_header_number(request, "content-length")) > bytes_max:
+        raise _too_large(bytes_max)
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > bytes_max:
+            raise _too_large(bytes_max)
+    try:
+        return loads_object(bytes(raw)) if raw.strip() else {}
+    except Malformed as error:
+        raise Refused(400, "malformed", str(error)) from None
+
+
+def _header_number(request: Request, name: str) -> str:
+    text = request.headers.get(name, "0")
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise Refused(400, "malformed", f"{name} is not a number")
+    return text
+
+
+def _too_large(bytes_max: int) -> Refused:
+    # The rest of the body is not read, so the connection cannot be used again.
+    return Refused(
+        413,
+        "body_too_large",
+        f"a body has at most {bytes_max} bytes here",
+        headers={"Connection": "close"},
+    )
+
+
+def parse(model: type[Model], value: dict[str, Any]) -> Model:
+    """Validates a parsed body; the refusal names the fields and repeats none of their values."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        fields = [
+            {"field": ".".join(map(str, found["loc"])), "message": found["msg"]}
+            for found in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        first = fields[0]
+        raise Refused(
+            422, "invalid_request", f"{first['field']}: {first['message']}", errors=fields[:20]
+        ) from None
+
+
+def query_number(request: Request, name: str, default: int, maximum: int = AMOUNT_MAX) -> int:
+    """Reads a whole number from the query."""
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not _NUMBER.fullmatch(text) or int(text) > maximum:
+        raise Refused(422, "invalid_request", f"{name} is a whole number up to {maximum}")
+    return int(text)
+
+
+def query_choice(request: Request, name: str, choices: tuple[str, ...]) -> str | None:
+    """Reads one of several words from the query, or None if it is absent."""
+    text = request.query_params.get(name)
+    if text is not None and text not in choices:
+        raise Refused(422, "invalid_request", f"{name} is one of {', '.join(choices)}")
+    return text
+
+
+def idempotency_key(request: Request, principal: str, value: dict[str, Any]) -> Key | None:
+    """The key of this request, scoped to its principal and its very path."""
+    text = request.headers.get("idempotency-key")
+    if text is None:
+        return None
+    if not (0 < len(text) <= KEY_CHARACTERS_MAX and text.isascii() and text.isprintable()):
+        raise Refused(
+            400, "malformed", f"Idempotency-Key has 1 to {KEY_CHARACTERS_MAX} printable characters"
+        )
+    route = f"{request.method} {request.url.path}"
+    return Key(principal, route, text, hash_body(value))
+
+
+def respond(answer: Answer) -> Response:
+    """Writes a ledger's answer."""
+    headers = {"Cache-Control": "no-store"}
+    if answer.replayed:
+        headers["Idempotent-Replayed"] = "true"
+    media_type = PROBLEM_TYPE if answer.status >= 400 else "application/json"
+    return Response(answer.body, answer.status, headers, media_type)
+
+
+def problem_response(refusal: Refused) -> Response:
+    """Writes a refusal as a problem document."""
+    headers = {"Cache-Control": "no-store", **refusal.headers}
+    return JSONResponse(refusal.problem(), refusal.status, headers, PROBLEM_TYPE)
+
+
+# What an exception becomes. Its text never leaves, except of refusals, which are written for it.
+
+
+async def on_refused(_request: Request, error: Exception) -> Response:
+    """Answers a refusal."""
+    if not isinstance(error, Refused):
+        raise error
+    return problem_response(error)
+
+
+async def on_http(_request: Request, error: Exception) -> Response:
+    """Answers what the router refuses: unknown paths and methods."""
+    if not isinstance(error, HTTPException):
+        raise error
+    code = _CODES.get(error.status_code, "refused")
+    headers = dict(error.headers or {})
+    return problem_response(
+        Refused(error.status_code, code, "there is no such path or method here", headers=headers)
+    )
+
+
+async def on_disconnect(_request: Request, _error: Exception) -> Response:
+    """Answers nobody: the client went away while it was still sending."""
+    return Response(status_code=400)
+
+
+async def on_error(_request: Request, error: Exception) -> Response:
+    """Answers a failure of ours: 503 if trying again may help, else 500."""
+    if is_unavailable(error):
+        return problem_response(
+            Refused(
+                503,
+                "unavailable",
+                "the escrow cannot reach its books right now",
+                headers={"Retry-After": "2"},
+            )
+        )
+    return problem_response(Refused(500, "internal", "the escrow failed; nothing was changed"))
+
+
+EXCEPTION_HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+    Refused: on_refused,
+    HTTPException: on_http,
+    ClientDisconnect: on_disconnect,
+    Exception: on_error,
+}
+
+
+class Dated:
+    """Stamps each answer with `Date` by the ledger's clock: providers compare theirs to it."""
+
+    def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
+        self._app = app
+        self._clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything through and adds one header."""
+
+        async def send_dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Date"] = formatdate(self._clock(), usegmt=True)
+            await send(message)
+
+        await self._app(scope, receive, send_dated)
