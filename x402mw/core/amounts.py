@@ -23,6 +23,7 @@ DISPLAY_CHARACTERS_MAX = 40
 FRACTION_DIGITS_MAX = 30
 EXPONENT_MAX = 60
 _ATOMIC_TEXT = re.compile(r"(?:0|[1-9][0-9]{0,18})", re.ASCII)
+_DISPLAY_TEXT = re.compile(r"[!-^`-~]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,8 @@ def parse_display(text: object) -> Fraction:
         raise AmountInvalid('an amount is a decimal string such as "10.00"')
     if len(text) > DISPLAY_CHARACTERS_MAX:
         raise AmountInvalid(f"an amount has at most {DISPLAY_CHARACTERS_MAX} characters")
-    # Decimal also reads other scripts' digits and underscores; a payment API must not.
-    if not text.isascii() or "_" in text:
+    # Decimal also reads other scripts' digits, underscores and blanks; a payment API must not.
+    if not _DISPLAY_TEXT.fullmatch(text):
         raise AmountInvalid('an amount is a decimal string such as "10.00"')
     try:
         value = Decimal(text)

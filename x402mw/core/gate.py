@@ -14,14 +14,17 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from x402mw.core import headers, sessions
 from x402mw.core.amounts import ZERO, Atomic
+from x402mw.core.calls import Call as Call
+from x402mw.core.calls import CallState as CallState
+from x402mw.core.calls import Outcome as Outcome
 from x402mw.core.errors import Malformed, RemoteError, TokenRefused, UnknownKey
 from x402mw.core.messages import EscrowExtra, PaymentPayload, PaymentRequirements, validate
 from x402mw.core.sessions import Account, NotCovered, SessionState
+from x402mw.core.strict import same
 from x402mw.core.terms import SCHEME, Terms, read_terms
 from x402mw.core.tokens import SessionToken
 from x402mw.core.vouchers import (
@@ -91,41 +94,14 @@ class Claim:
         return self.signed.voucher.seq
 
 
-class CallState(StrEnum):
-    """An answer kept for identical retries; `credentials` is a hash of who may have it."""
-
-    OPEN = "open"
-    STARTED = "started"
-    SETTLED = "settled"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """An answer kept for identical retries; `credentials` hashes who may have it."""
-
-    status: int
-    headers: tuple[tuple[bytes, bytes], ...]
-    body: bytes
-    credentials: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """An admitted request: the journal's row of (session, seq). Amounts are atomic units."""
-
-    session: bytes
-    seq: int
-    commitment: bytes
-    amount: Atomic
-    state: CallState = CallState.OPEN
-    charge: Atomic = ZERO
-    outcome: Outcome | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What else bears on admission: the escrow's absence, our clock, and value not yet redeemed."""
+    """What else bears on admission: the escrow's absence, our clock, and value not yet redeemed.
 
+    `throttled`: the session has had its share of calls that cost nothing, for this minute.
+    """
+
+    throttled: bool = False
     escrow_away: bool = False
     clock_off: bool = False
     unredeemed: Atomic = ZERO
@@ -239,7 +215,7 @@ def _echoed_offer(accepted: dict[str, Any], book: Book) -> Offer | None:
         offer = book.offers.get(bytes.fromhex(name)) if isinstance(name, str) else None
     except ValueError:
         return None
-    return offer if offer is not None and offer.accepts == accepted else None
+    return offer if offer is not None and same(offer.accepts, accepted) else None
 
 
 def _check_ranges(payment: PaymentPayload, terms: Terms, *, control: bool) -> None:
@@ -262,21 +238,15 @@ def _check_token(
     try:
         token = open_token(text)
     except UnknownKey as error:
-        raise Refused(503, "unknown_key", str(error), retry_after=ESCROW_RETRY_SECONDS) from None
+        raise _later("unknown_key", str(error)) from None
     except TokenRefused as error:
         raise Refused(402, "token", str(error)) from None
     voucher = signed.voucher
-    ours = (voucher.network, token.pay_to, token.asset) == (
-        book.network_id,
-        book.pay_to,
-        book.asset,
-    )
-    if not ours or token.session != voucher.session:
+    found = (voucher.network, voucher.session, token.pay_to, token.asset)
+    if found != (book.network_id, token.session, book.pay_to, book.asset):
         raise Refused(402, "constants", "this voucher or token is for somebody else", final=True)
     if token.journal in book.replaced:
-        raise Refused(
-            409, "journal_replaced", "this provider's journal was replaced; open a new session"
-        )
+        raise Refused(409, "journal_replaced", "the provider's book was replaced: open a session")
     if token.journal != book.journal or terms.journal != book.journal:
         raise Refused(402, "constants", "this session is for another journal", final=True)
     return token
@@ -366,24 +336,20 @@ def recall(call: Call, claim: Claim, credentials: bytes) -> Outcome:
 def _check_times(claim: Claim, account: Account, standing: Standing, now: float) -> None:
     if account.state is not SessionState.OPEN:
         raise Refused(402, "session_closing", "the session takes no new calls", final=True)
+    if standing.throttled:
+        raise Refused(429, "quota", "too many calls that cost nothing", retry_after=60)
     if standing.clock_off:
-        raise Refused(503, "clock", "the provider's clock is off", retry_after=ESCROW_RETRY_SECONDS)
+        raise _later("clock", "the provider's clock is off")
     if now >= claim.token.exp:
         if standing.escrow_away:
-            raise Refused(
-                503, "escrow_away", "the escrow is away", retry_after=ESCROW_RETRY_SECONDS
-            )
+            raise _later("escrow_away", "the escrow is away")
         raise Refused(402, "token_expired", "renew the session token")
     if claim.token.retired:
         raise Refused(402, "token_retired", "renew the session token: its key was retired")
     late = int(now * 1000) - claim.expires
     if late >= VOUCHER_LATE_MS or -late >= VOUCHER_EARLY_MS:
-        refusal = Refused(
-            402,
-            "voucher_expires",
-            "the voucher has expired" if late > 0 else "the voucher expires too far ahead",
-            final=late > 0,
-        )
+        detail = "the voucher has expired" if late > 0 else "the voucher expires too far ahead"
+        refusal = Refused(402, "voucher_expires", detail, final=late > 0)
         refusal.more = {"serverTime": int(now)}
         raise refusal
 
@@ -400,12 +366,7 @@ def _check_terms(claim: Claim, offer: Offer, book: Book, now: float) -> None:
 def _reserve(claim: Claim, account: Account, standing: Standing) -> Account:
     amount = claim.terms.amount
     if standing.escrow_away and standing.unredeemed + amount > standing.unredeemed_max:
-        raise Refused(
-            503,
-            "max_unredeemed",
-            "the escrow is away and too much is unredeemed",
-            retry_after=ESCROW_RETRY_SECONDS,
-        )
+        raise _later("max_unredeemed", "the escrow is away and too much is unredeemed")
     try:
         return sessions.admit(
             account,
@@ -415,6 +376,11 @@ def _reserve(claim: Claim, account: Account, standing: Standing) -> Account:
         )
     except NotCovered as error:
         raise Refused(402, "cover", str(error)) from None
+
+
+def _later(reason: str, detail: str) -> Refused:
+    """Refuses for now, for a cause on the escrow's side: the same bytes may pass later."""
+    return Refused(503, reason, detail, retry_after=ESCROW_RETRY_SECONDS)
 
 
 def refused(claim: Claim, status: int, reason: str, detail: str) -> Refused:

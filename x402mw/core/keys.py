@@ -42,6 +42,8 @@ def sign(secret: bytes, message: bytes) -> bytes:
 
 def verify(key: bytes, message: bytes, signature: bytes) -> bool:
     """Tells whether `signature` over `message` is by `key`, which must have passed the check."""
+    if len(signature) != SIGNATURE_BYTES:
+        return False
     try:
         bindings.crypto_sign_open(signature + message, key)
     except BadSignatureError:

@@ -10,13 +10,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.core.errors import Malformed
 from x402mw.core.strict import loads_object
 from x402mw.core.vouchers import WIRE_CHARACTERS
 
 Text = Annotated[str, Field(max_length=2048)]
 Short = Annotated[str, Field(max_length=128)]
-UINT64_MAX = 2**63 - 1
+Number = Annotated[int, Field(ge=0, le=AMOUNT_MAX)]
+Version = Annotated[int, Field(ge=2, le=2, alias="x402Version")]
+"""Not `Literal[2]`, which would also take 2.0."""
 
 
 class _Message(BaseModel):
@@ -57,14 +60,14 @@ class EscrowExtra(_Message):
     suggested_deposit: Short = "0"
     unit: Short = ""
     unit_price: Short = "0"
-    per: Annotated[int, Field(ge=0, le=UINT64_MAX)] = 0
+    per: Number = 0
     base: Short = "0"
 
 
 class PaymentRequired(_Message):
     """The content of `PAYMENT-REQUIRED`. Offers stay raw: only those we know are read further."""
 
-    x402_version: Annotated[Literal[2], Field(alias="x402Version")]
+    x402_version: Version
     error: str | None = None
     resource: ResourceInfo | None = None
     accepts: Annotated[list[dict[str, Any]], Field(max_length=64)]
@@ -77,14 +80,14 @@ class EscrowPayload(BaseModel):
 
     voucher: Annotated[str, Field(min_length=WIRE_CHARACTERS, max_length=WIRE_CHARACTERS)]
     token: Annotated[str, Field(max_length=2048)]
-    expires: Annotated[int, Field(ge=0, le=UINT64_MAX)]
+    expires: Number
     binding: Annotated[int, Field(ge=0, le=255)]
 
 
 class PaymentPayload(_Message):
     """The content of `PAYMENT-SIGNATURE`. `accepted` stays raw, to be compared with our offer."""
 
-    x402_version: Annotated[Literal[2], Field(alias="x402Version")]
+    x402_version: Version
     payload: EscrowPayload
     accepted: dict[str, Any]
 
@@ -128,10 +131,10 @@ def parse(model: type[Model], raw: bytes) -> Model:
 def validate(model: type[Model], value: Any) -> Model:
     """Checks already decoded JSON against a message, or raises `Malformed`."""
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, by_alias=True, by_name=False)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "object"
+        where = ".".join(str(part) for part in first["loc"])[:200] or "object"
         raise Malformed(f"{where}: {first['msg']}") from None
 
 

@@ -4,6 +4,7 @@ Prices are rationals of atomic units and quantity; `rate` is the one rating func
 charges, receipts and invoices, so they can never disagree (`docs/money.md`, M6).
 """
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -12,7 +13,7 @@ from x402mw.core.amounts import AMOUNT_MAX, USDC, ZERO, Asset, Atomic, parse_dis
 from x402mw.core.errors import AmountInvalid, ConfigurationError
 from x402mw.core.terms import Terms
 
-UNIT_CHARACTERS_MAX = 32
+_UNIT = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,31}", re.ASCII)
 
 
 class Free(Enum):
@@ -76,7 +77,7 @@ def read_plan(plan: Plan, asset: Asset = USDC) -> Price:
 
 
 def _read_per_unit(plan: PerUnit, asset: Asset) -> Price:
-    if not plan.unit.isidentifier() or len(plan.unit) > UNIT_CHARACTERS_MAX:
+    if not _UNIT.fullmatch(plan.unit):
         raise ConfigurationError(f"{plan}: a unit is a short name such as 'token'")
     for name in ("per", "max_units"):
         value = getattr(plan, name)
@@ -108,6 +109,8 @@ def rate_call(terms: Terms, quantity_before: int, used: int) -> tuple[int, Atomi
     the rounded total, so batching never changes a bill. Use beyond what the maximum pays for is not
     billed. The charge never exceeds `terms.amount`.
     """
+    if used < 0:
+        raise AmountInvalid("a quantity is not negative")
     if not terms.metered:
         return 0, terms.amount
     fits = (terms.amount - terms.base) * terms.per // terms.unit_price

@@ -20,7 +20,12 @@ from x402mw.core.errors import ConfigurationError
 Entry = TypeVar("Entry")
 
 TEMPLATE_CHARACTERS_MAX = 1024
+PARAMETERS_MAX = 16
+LOOSE_MAX = 3
+"""Parameters that match across a slash or share a segment: more would let a path stall a match."""
 _PARAMETER = re.compile(r"{([a-zA-Z_][a-zA-Z0-9_]*)(:[a-zA-Z_][a-zA-Z0-9_]*)?}")
+_BLANK = re.compile(r"[\s\x00-\x20\x7f]")
+_MARK = "\ue000"
 _METHOD = re.compile(r"[A-Z][A-Z0-9_-]{0,31}", re.ASCII)
 _PATTERNS = {
     "str": r"[^/]+",
@@ -46,6 +51,8 @@ def compile_template(template: str) -> re.Pattern[str]:
     if not template.startswith("/") or len(template) > TEMPLATE_CHARACTERS_MAX:
         raise ConfigurationError(f"a path template starts with a slash: {template[:80]!r}")
     parts, tail = _split(template)
+    if len(parts) > PARAMETERS_MAX or _loose(parts) > LOOSE_MAX:
+        raise ConfigurationError(f"too many parameters side by side in {template[:80]!r}")
     pattern, names = "^", set()
     for literal, name, kind in parts:
         if kind not in _PATTERNS or name in names:
@@ -54,6 +61,15 @@ def compile_template(template: str) -> re.Pattern[str]:
         pattern += re.escape(literal) + f"(?P<{name}>{_PATTERNS[kind]})"
     # The same "$" as Starlette's: it also matches before a final newline, and so must we.
     return re.compile(pattern + re.escape(tail) + "$")
+
+
+def _loose(parts: list[tuple[str, str, str]]) -> int:
+    """Counts the parameters that a regular expression could place in more than one way."""
+    shared = [index > 0 and "/" not in literal for index, (literal, _, _) in enumerate(parts)]
+    return sum(
+        shared[index] or kind == "path" or shared[index + 1 : index + 2] == [True]
+        for index, (_, _, kind) in enumerate(parts)
+    )
 
 
 def sample_path(template: str) -> str:
@@ -76,11 +92,11 @@ def normal_form(path: str) -> str:
     """Folds the spellings of a path that some server or router may treat as the same."""
     for _ in range(2):
         path = unquote(path)
-    path = path.replace("\\", "/").lower()
+    path = path.replace("\\", "/").casefold()
     kept: list[str] = []
     for segment in path.split("/"):
         # Parameters (";v=1"), blanks and control characters are dropped by some stacks.
-        name = re.sub(r"[\x00-\x20\x7f]", "", segment.partition(";")[0])
+        name = _BLANK.sub("", segment.partition(";")[0])
         if name == "..":
             del kept[-1:]
         elif name not in ("", "."):
@@ -147,11 +163,15 @@ class RouteTable(Generic[Entry]):
 
     def _nearly(self, path: str) -> bool:
         folded = normal_form(path)
-        return any(row.folded.match(folded) for row in self._rows)
+        # With its slash again a folder's own path fits a template that ends in `/{rest:path}`.
+        return any(row.folded.match(folded) or row.folded.match(f"{folded}/") for row in self._rows)
 
 
 def _fold(template: str) -> re.Pattern[str]:
-    """The pattern of a template's normal form: literals in lower case, parameters kept."""
+    """The pattern of a template's normal form, its parameters standing for the same as before."""
     parts, tail = _split(template)
-    pattern = "".join(re.escape(literal.lower()) + _PATTERNS[kind] for literal, _, kind in parts)
-    return re.compile(f"^{pattern}{re.escape(tail.lower().rstrip('/'))}/*$")
+    marked = "".join(literal + _MARK for literal, _, _ in parts) + tail
+    pattern = re.escape(normal_form(marked))
+    for _, _, kind in parts:
+        pattern = pattern.replace(_MARK, _PATTERNS[kind], 1)
+    return re.compile(f"^{pattern}$")

@@ -8,7 +8,7 @@ import base64
 import binascii
 import json
 import re
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
 from x402mw.core.errors import Malformed
@@ -25,7 +25,7 @@ def loads(raw: bytes, nesting_max: int = NESTING_MAX) -> Any:
             text,
             object_pairs_hook=_without_duplicates,
             parse_constant=_no_constant,
-            parse_float=Decimal,
+            parse_float=_exact_number,
         )
     except RecursionError:
         raise Malformed("the JSON is nested too deeply") from None
@@ -56,6 +56,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _exact_number(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        raise Malformed("a JSON number is out of all bounds") from None
+
+
 def _no_constant(name: str) -> NoReturn:
     raise Malformed(f"{name} is not JSON")
 
@@ -74,6 +81,17 @@ def _check_surrogates(value: Any) -> None:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise Malformed("the JSON holds half a character (a lone surrogate)") from None
+
+
+def same(left: Any, right: Any) -> bool:
+    """Tells whether two decoded JSON values are equal, where `true`, `1` and `1.0` all differ."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
 
 
 def dumps(value: Any) -> bytes:

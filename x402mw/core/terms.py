@@ -5,6 +5,7 @@ not read and a provider never charges one it did not offer. `docs/protocol.md`, 
 """
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ TERMS_TAG = b"x402mw/terms\x00\x01"
 SCHEME = "batch-settlement"
 NETWORK_PREFIX = "escrow:"
 CONTROL_TIMEOUT_SECONDS = 60
+_CONTROL = re.compile(r"/(?![/\\])[!-~]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,17 @@ def read_terms(requirements: PaymentRequirements, extra: EscrowExtra, network_id
         )
     except (AmountInvalid, ConfigurationError) as error:
         raise Malformed(f"the payment requirements are malformed: {error}") from None
+    _check_sense(terms)
     if terms.id.hex() != extra.terms:
         raise Malformed("the payment requirements do not hash to their terms id")
     return terms
+
+
+def _check_sense(terms: Terms) -> None:
+    """Refuses terms that hash well but mean nothing, or would send control elsewhere."""
+    price = (terms.unit_price, terms.per, terms.base)
+    sound = (all(price[:2]) and terms.base <= terms.amount) if terms.metered else not any(price)
+    if not sound:
+        raise Malformed("the unit, its price, the base and the amount contradict each other")
+    if not _CONTROL.fullmatch(terms.control):
+        raise Malformed("control is a path on the same origin")

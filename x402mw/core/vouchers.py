@@ -141,7 +141,10 @@ def hash_request(bound: BoundRequest) -> bytes:
 
 def lp(bits: int, text: str) -> bytes:
     """Prefixes a text's UTF-8 bytes with their count, so that no two field lists run together."""
-    raw = text.encode()
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        raise Malformed("half a character (a lone surrogate) cannot be signed") from None
     if len(raw) >= 2**bits:
         raise Malformed("a text is too long for its place in a signed message")
     return len(raw).to_bytes(bits // 8, "big") + raw
