@@ -8,7 +8,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
@@ -113,7 +113,9 @@ def deposit(
 @escrow.command()
 def check(db: Database = DATABASE) -> None:
     """Prove a whole database: balances, fees, every escrow, the hash chain."""
-    violations = _with_ledger(db, lambda ledger: ledger.check())
+    from x402mw.escrow.books import audit
+
+    violations = _run(db, audit(db))
     for violation in violations:
         typer.echo(violation)
     if violations:
@@ -130,13 +132,9 @@ def rotate_key(db: Database = DATABASE) -> None:
 
 def _with_ledger(db: str, use: "Callable[[Ledger], Awaitable[Result]]") -> Result:
     """Opens an existing database beside the service, uses it and lets go of it."""
-    from x402mw.escrow.database import database_file
     from x402mw.escrow.ledger import find_network, open_ledger
     from x402mw.escrow.settings import Settings
 
-    file = database_file(db)
-    if file is not None and not file.exists():
-        _fail(f"there is no database {file}")
     root_seed = _root_seed(db, may_create=False)
 
     async def run() -> Result:
@@ -147,7 +145,24 @@ def _with_ledger(db: str, use: "Callable[[Ledger], Awaitable[Result]]") -> Resul
         finally:
             await ledger.close()
 
-    return asyncio.run(run())
+    return _run(db, run())
+
+
+def _run(db: str, work: "Coroutine[None, None, Result]") -> Result:
+    """Runs work on an existing database; what the database objects to is one line."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from x402mw.escrow.database import database_file
+
+    file = database_file(db)
+    try:
+        if file is not None and not file.exists():
+            _fail(f"there is no database {file}")
+        return asyncio.run(work)
+    except (OSError, SQLAlchemyError) as error:
+        _fail(f"the database cannot be used: {error}")
+    finally:
+        work.close()
 
 
 def _root_seed(db: str, *, may_create: bool) -> bytes:

@@ -20,6 +20,7 @@ from x402mw.core.keys import public_key
 from x402mw.core.strict import b64url_encode
 from x402mw.escrow import agents
 from x402mw.escrow.api import create_app
+from x402mw.escrow.books import audit
 from x402mw.escrow.ledger import Ledger
 from x402mw.escrow.serve import AnnouncingServer, bind, url_of
 from x402mw.escrow.settings import Settings
@@ -94,7 +95,7 @@ class RunningEscrow:
 
     async def check(self) -> list[str]:
         """Every violated invariant of the books."""
-        return await self.ledger.check()
+        return await audit(self.settings.database_url)
 
 
 @asynccontextmanager

@@ -109,9 +109,9 @@ async def _check_claim(tx: Transaction, agent_id: str, source: str, day: int) ->
     if (await tx.connection.execute(mine)).first() is not None:
         raise Refused(409, "faucet_claimed", "this agent has had its first money")
     given = select(func.coalesce(func.sum(claims.amount), 0)).where(claims.day == day)
-    if int((await tx.connection.execute(given)).scalar_one()) > (
-        tx.settings.faucet_daily - tx.settings.faucet_amount
-    ):
+    today = int((await tx.connection.execute(given)).scalar_one())
+    amount = tx.settings.faucet_amount
+    if amount == 0 or today + amount > tx.settings.faucet_daily:
         raise _faucet_limit(tx, "the faucet is empty for today")
     here = select(func.count()).where(claims.day == day, claims.source == source)
     count = (await tx.connection.execute(here)).scalar_one()

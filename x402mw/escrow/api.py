@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Route
 
 from x402mw.core import ids
 from x402mw.core.amounts import ZERO
@@ -31,10 +31,12 @@ from x402mw.escrow.rules import STATUSES
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.transactions import Transaction
 
+API = "/api/v1"
 REDEEM_BYTES_MAX = 1024 * 1024
 PAGE_ITEMS = 100
 PAGE_ITEMS_MAX = 500
 _BEARER = "bearer "
+Endpoint = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("x402mw.escrow")
 
 
@@ -54,12 +56,15 @@ def create_app(settings: Settings, *, clock: Clock = time.time) -> Starlette:
                 await sweeper
             await ledger.close()
 
-    return Starlette(
+    app = Starlette(
         routes=_routes(),
         lifespan=lifespan,
         exception_handlers=web.EXCEPTION_HANDLERS,
         middleware=[Middleware(web.Dated, clock=clock)],
     )
+    # A redirect would be built from the Host header; a path with a slash too many is just unknown.
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _sweep_forever(ledger: Ledger) -> None:
@@ -73,25 +78,25 @@ async def _sweep_forever(ledger: Ledger) -> None:
 
 
 def _routes() -> list[BaseRoute]:
-    api = [
-        Route("/agents", register_agent, methods=["POST"]),
-        Route("/agents/me", show_agent, methods=["GET"]),
-        Route("/faucet/claim", claim_faucet, methods=["POST"]),
-        Route("/journals/{journal}", register_journal, methods=["PUT"]),
-        Route("/escrow", create_escrow, methods=["POST"]),
-        Route("/escrow", list_escrows, methods=["GET"]),
-        Route("/escrow/{escrow_id}", show_escrow, methods=["GET"]),
-        Route("/escrow/{escrow_id}/token", renew_token, methods=["POST"]),
-        Route("/escrow/{escrow_id}/topup", top_up, methods=["POST"]),
-        Route("/escrow/{escrow_id}/release", release, methods=["POST"]),
-        Route("/escrow/{escrow_id}/close", close, methods=["POST"]),
-        Route("/redeem", redeem, methods=["POST"]),
-        Route("/changes", show_changes, methods=["GET"]),
+    api: list[tuple[str, str, Endpoint]] = [
+        ("POST", "/agents", register_agent),
+        ("GET", "/agents/me", show_agent),
+        ("POST", "/faucet/claim", claim_faucet),
+        ("PUT", "/journals/{journal}", register_journal),
+        ("POST", "/escrow", create_escrow),
+        ("GET", "/escrow", list_escrows),
+        ("GET", "/escrow/{escrow_id}", show_escrow),
+        ("POST", "/escrow/{escrow_id}/token", renew_token),
+        ("POST", "/escrow/{escrow_id}/topup", top_up),
+        ("POST", "/escrow/{escrow_id}/release", release),
+        ("POST", "/escrow/{escrow_id}/close", close),
+        ("POST", "/redeem", redeem),
+        ("GET", "/changes", show_changes),
     ]
     return [
         Route("/health", show_health, methods=["GET"]),
         Route("/.well-known/x402mw-keys", show_keys, methods=["GET"]),
-        Mount("/api/v1", routes=api),
+        *(Route(API + path, endpoint, methods=[method]) for method, path, endpoint in api),
     ]
 
 

@@ -1,8 +1,8 @@
 """The books: how entries are chained, and the proof that a whole database is right.
 
 `check` is pure: rows in, violations out. It proves the invariants I1 to I5, I7 to I9, I18 and I19
-of `docs/money.md` on any database (I6 needs two moments and is kept by a trigger), so tests, the
-demo and `x402mw escrow check` all ask the same judge.
+of `docs/money.md` on any database (I6 needs two moments and is kept by a trigger). Tests, the demo
+and `x402mw escrow check` all ask this same judge.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.escrow import schema
+from x402mw.escrow.database import visiting
 from x402mw.escrow.rules import (
     ENDED_STATUSES,
     HOUSE,
@@ -82,6 +83,12 @@ def hash_entry(entry: Entry, previous_hash: str) -> str:
     ]
     text = json.dumps(says, ensure_ascii=True, separators=(",", ":")).encode()
     return hashlib.sha256(_TAG + bytes.fromhex(previous_hash) + text).hexdigest()
+
+
+async def audit(url: str) -> list[str]:
+    """Reads a whole database and returns every violated invariant."""
+    async with visiting(url) as connection:
+        return check(await read_books(connection))
 
 
 async def read_books(connection: AsyncConnection) -> Books:

@@ -1,9 +1,11 @@
 """Opens the database and brings its schema up to date: SQLite by a file, PostgreSQL by a URL.
 
 Transactions are short and decided under one lock: BEGIN IMMEDIATE on SQLite, a locked `service` row
-on PostgreSQL (READ COMMITTED). Only connections marked `READING` begin without it.
+on PostgreSQL (READ COMMITTED). Only connections from `reading` begin without it.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,11 @@ from alembic.config import Config
 from sqlalchemy import Connection, Engine, event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from x402mw.core.errors import ConfigurationError
 
-READING = {"x402mw_reading": True}
-"""Execution options of a connection that only reads."""
-
+_READING = {"x402mw_reading": True}
 BUSY_MILLISECONDS = 10_000
 CONNECTIONS_MAX = 8
 _CONFLICTS = ("40001", "40P01")
@@ -77,6 +77,29 @@ def _prepare_sqlite(engine: Engine) -> None:
     def begin(connection: Connection) -> None:
         reading = connection.get_execution_options().get("x402mw_reading")
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+@asynccontextmanager
+async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A connection that only reads, and sees one moment."""
+    options: dict[str, Any] = dict(_READING)
+    if engine.dialect.name == "postgresql":
+        options["isolation_level"] = "REPEATABLE READ"
+    async with engine.connect() as connection:
+        await connection.execution_options(**options)
+        async with connection.begin():
+            yield connection
+
+
+@asynccontextmanager
+async def visiting(url: str) -> AsyncIterator[AsyncConnection]:
+    """Reads a database beside the service, without changing even its schema."""
+    engine = open_engine(url)
+    try:
+        async with reading(engine) as connection:
+            yield connection
+    finally:
+        await engine.dispose()
 
 
 async def migrate(engine: AsyncEngine) -> None:

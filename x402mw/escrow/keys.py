@@ -47,14 +47,14 @@ def load_root_seed(path: Path | None, text: str | None, *, may_create: bool) -> 
         return _parse_seed(text)
     if path is None:
         raise ConfigurationError("a database server needs the root key in X402MW_ROOT_KEY")
-    if may_create and not path.exists():
-        return _create_seed(path)
     try:
+        if may_create and not path.exists():
+            return _create_seed(path)
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise ConfigurationError(f"others can read the root key {path}: chmod 600 it")
         return _parse_seed(path.read_text("ascii").strip())
     except (OSError, UnicodeDecodeError):
-        raise ConfigurationError(f"the root key {path} cannot be read") from None
+        raise ConfigurationError(f"the root key {path} cannot be read or made") from None
 
 
 def _create_seed(path: Path) -> bytes:

@@ -57,13 +57,8 @@ class Ledger:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A connection that only reads, and sees one moment."""
-        async with self._engine.connect() as connection:
-            options: dict[str, Any] = dict(database.READING)
-            if self._engine.dialect.name == "postgresql":
-                options["isolation_level"] = "REPEATABLE READ"
-            await connection.execution_options(**options)
-            async with connection.begin():
-                yield connection
+        async with database.reading(self._engine) as connection:
+            yield connection
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:
@@ -136,12 +131,6 @@ class Ledger:
             serial = (await connection.execute(select(schema.service.c.key_serial))).scalar_one()
             return await self.signer.key_set(connection, serial, self.now())
 
-    async def check(self) -> list[str]:
-        """Reads everything and returns every violated invariant (`books.check`)."""
-        async with self.read() as connection:
-            found = await books.read_books(connection)
-        return books.check(found)
-
     async def close(self) -> None:
         """Lets go of the database."""
         await self._engine.dispose()
@@ -186,13 +175,8 @@ async def open_ledger(settings: Settings, clock: Clock, *, serving: bool) -> Led
 
 async def find_network(url: str) -> str:
     """The network name of a database that exists: what a command beside the service needs."""
-    engine = database.open_engine(url)
-    try:
-        async with engine.connect() as connection:
-            await connection.execution_options(**database.READING)
-            return str((await connection.execute(select(schema.service.c.network))).scalar_one())
-    finally:
-        await engine.dispose()
+    async with database.visiting(url) as connection:
+        return str((await connection.execute(select(schema.service.c.network))).scalar_one())
 
 
 async def _found(connection: AsyncConnection, ledger: Ledger) -> None:

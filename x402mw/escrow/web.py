@@ -153,16 +153,14 @@ async def on_disconnect(_request: Request, _error: Exception) -> Response:
 
 async def on_error(_request: Request, error: Exception) -> Response:
     """Answers a failure of ours: 503 if trying again may help, else 500."""
+    # This answer is written outside of `Dated`, so it stamps itself.
+    date = formatdate(usegmt=True)
     if is_unavailable(error):
-        return problem_response(
-            Refused(
-                503,
-                "unavailable",
-                "the escrow cannot reach its books right now",
-                headers={"Retry-After": "2"},
-            )
-        )
-    return problem_response(Refused(500, "internal", "the escrow failed; nothing was changed"))
+        headers = {"Date": date, "Retry-After": "2"}
+        detail = "the escrow cannot reach its books right now"
+        return problem_response(Refused(503, "unavailable", detail, headers=headers))
+    detail = "the escrow failed and cannot say more here; repeat with the same idempotency key"
+    return problem_response(Refused(500, "internal", detail, headers={"Date": date}))
 
 
 EXCEPTION_HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
