@@ -17,7 +17,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 from starlette.routing import Route
 
 from demo_provider.texts import STORY
-from x402mw.provider import FREE, PaymentMiddleware, PerCall, PerUnit, Priced, Provider
+from x402mw.provider import (
+    FREE,
+    PaymentMiddleware,
+    PerCall,
+    PerUnit,
+    Priced,
+    PriceList,
+    Provider,
+)
 
 
 async def menu(request: Request) -> JSONResponse:
@@ -60,7 +68,7 @@ async def fortune(request: Request) -> PlainTextResponse:
     raise RuntimeError("the crystal ball is cracked")
 
 
-PRICES = {
+PRICES: PriceList = {
     "GET /": FREE,
     "GET /quote/{symbol}": PerCall("0.001"),
     "POST /summarize": PerUnit("token", "0.002", per=1000, max_units=4000),

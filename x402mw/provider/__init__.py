@@ -6,7 +6,16 @@ from x402mw.provider import PaymentMiddleware, PerCall, PerUnit, Provider
 from x402mw.core.pricing import FREE, PerCall, PerUnit
 from x402mw.provider.meter import Payment
 from x402mw.provider.middleware import PaymentMiddleware
-from x402mw.provider.prices import Priced
+from x402mw.provider.prices import Priced, PriceList
 from x402mw.provider.provider import Provider
 
-__all__ = ["FREE", "Payment", "PaymentMiddleware", "PerCall", "PerUnit", "Priced", "Provider"]
+__all__ = [
+    "FREE",
+    "Payment",
+    "PaymentMiddleware",
+    "PerCall",
+    "PerUnit",
+    "PriceList",
+    "Priced",
+    "Provider",
+]
