@@ -1,0 +1,308 @@
+"""The journal: calls are admitted, settled and found again, each exactly once."""
+
+import asyncio
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.provider.journals import Clock, admit, admitted, claim, outcome, session_id
+from tests.support.payments import METERED, NOW, SESSION, TOKEN
+from x402mw.core import gate
+from x402mw.core.amounts import Atomic
+from x402mw.core.errors import ConfigurationError
+from x402mw.core.gate import CallState, Refused
+from x402mw.core.sessions import SessionState
+from x402mw.provider.journal import Journal, JournalCorrupt, JournalLocked, JournalUnavailable
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "journal.db")
+
+
+@pytest.fixture
+def journal(path: str, clock: Clock) -> Iterator[Journal]:
+    opened = Journal.open(path, clock=clock)
+    yield opened
+    opened.close()
+
+
+async def test_a_call_is_admitted_settled_and_found_again(journal: Journal) -> None:
+    """An admitted call is reserved, a settled one charged, and an identical retry gets its answer."""
+    call = await admitted(journal, claim())
+    account = await journal.account(SESSION)
+    assert account is not None
+    assert (account.charged, account.reserved, journal.unredeemed) == (0, 1000, 1000)
+    settled = await journal.settle(call, used=0, outcome=outcome())
+    assert (settled.charge, settled.charged_total, settled.open_total) == (1000, 1000, 0)
+    assert await admit(journal, claim()) == outcome()
+    found = await journal.lookup(SESSION, 1)
+    assert found is not None
+    assert (found.state, found.charge, found.outcome) == (CallState.SETTLED, 1000, outcome())
+
+
+async def test_a_void_costs_nothing(journal: Journal) -> None:
+    """A voided call is charged 0, frees its reservation, and its seq stays used."""
+    call = await admitted(journal, claim())
+    assert (await journal.settle(call, used=None, outcome=None)).charge == 0
+    assert journal.unredeemed == 0
+    with pytest.raises(Refused) as refused:
+        await admit(journal, claim())
+    assert refused.value.reason == "outcome_gone"
+
+
+async def test_settles_once(journal: Journal) -> None:
+    """A second settle changes nothing and returns the first charge."""
+    call = await admitted(journal, claim())
+    first = await journal.settle(call, used=0, outcome=outcome())
+    assert await journal.settle(call, used=None, outcome=outcome(b"other")) == first
+    assert await admit(journal, claim()) == outcome()
+
+
+async def test_one_of_a_thousand_is_admitted(journal: Journal) -> None:
+    """The same voucher a thousand times at once is admitted once; every other one is "running"."""
+    what = claim()
+    answers = await asyncio.gather(
+        *(admit(journal, what) for _ in range(1000)), return_exceptions=True
+    )
+    refusals = [answer for answer in answers if isinstance(answer, Refused)]
+    assert len(refusals) == 999
+    assert {(refusal.status, refusal.reason) for refusal in refusals} == {(409, "running")}
+    assert journal.unredeemed == 1000
+
+
+async def test_one_form_of_a_seq_is_admitted(journal: Journal) -> None:
+    """Of several vouchers with one seq, in any order, one is admitted and the rest are 409."""
+    forms = [claim(1, cumulative=amount) for amount in (1000, 2000, 3000)]
+    answers = await asyncio.gather(
+        *(admit(journal, form) for form in forms), return_exceptions=True
+    )
+    reasons = [answer.reason for answer in answers if isinstance(answer, Refused)]
+    assert reasons == ["seq_used", "seq_used"]
+
+
+async def test_group_commit(journal: Journal) -> None:
+    """Five hundred calls on one session, admitted at once, take few commits."""
+    before = journal.serial
+    await asyncio.gather(*(admitted(journal, claim(seq)) for seq in range(500)))
+    assert journal.serial - before <= 25
+    account = await journal.account(SESSION)
+    assert account is not None
+    assert account.reserved == 500_000 == journal.unredeemed
+
+
+async def test_refusals_write_nothing(journal: Journal) -> None:
+    """What is refused commits nothing, and leaves the totals as they were."""
+    before = journal.serial
+    with pytest.raises(Refused) as refused:
+        await admit(journal, claim(cumulative=999))
+    assert refused.value.reason == "cover"
+    assert (journal.serial, journal.unredeemed) == (before, 0)
+    assert await journal.account(SESSION) is None
+
+
+async def test_refusal_shows_the_newest_voucher(journal: Journal) -> None:
+    """A refusal for lack of cover carries the session's newest voucher, whatever came last."""
+    newest = claim(1, cumulative=2000)
+    await admitted(journal, newest)
+    await admitted(journal, claim(2, cumulative=1000))
+    with pytest.raises(Refused) as refused:
+        await admit(journal, claim(3, cumulative=1500))
+    assert refused.value.best == newest.signed.raw + newest.signed.signature
+
+
+async def test_metered_calls_add_up_to_the_rounded_total(journal: Journal) -> None:
+    """Parallel metered calls cost together base + floor(total quantity x price), in any split."""
+    used = [1, 2, 3, 499, 7, 1, 1, 250, 3999, 5000]
+    what = [
+        claim(seq, terms=replace(METERED, unit_price=1999)) for seq in range(1, len(used) + 1)
+    ]
+    calls = [await admitted(journal, one) for one in what]
+    settled = await asyncio.gather(
+        *(
+            journal.settle(call, used=amount, outcome=None)
+            for call, amount in zip(calls, used, strict=True)
+        )
+    )
+    billed = sum(one.used for one in settled)
+    fits = (METERED.amount - METERED.base) * 1000 // 1999
+    assert billed == sum(min(amount, fits) for amount in used)
+    assert sum(one.charge for one in settled) == 100 * len(used) + billed * 1999 // 1000
+
+
+async def test_standing_sees_the_unredeemed_total(journal: Journal) -> None:
+    """What bears on admission is judged with the total of the very moment, parallel calls included."""
+
+    def away(unredeemed: Atomic) -> gate.Standing:
+        return gate.Standing(
+            escrow_away=True, unredeemed=unredeemed, unredeemed_max=Atomic(5000)
+        )
+
+    answers = await asyncio.gather(
+        *(admit(journal, claim(seq), standing=away) for seq in range(10)), return_exceptions=True
+    )
+    refusals = [answer for answer in answers if isinstance(answer, Refused)]
+    assert [refusal.reason for refusal in refusals] == ["max_unredeemed"] * 5
+
+
+async def test_cancelled_admission_is_voided(journal: Journal) -> None:
+    """A caller that goes away before it hears of its admission leaves nothing reserved."""
+    task = asyncio.ensure_future(admit(journal, claim()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    while (call := await journal.lookup(SESSION, 1)) is None or call.state is CallState.OPEN:
+        await asyncio.sleep(0)
+    assert journal.unredeemed == 0
+
+
+async def test_close_of_a_session_never_used(journal: Journal) -> None:
+    """A close writes the row also of a session first seen by it, and then nothing is admitted."""
+    view = await journal.begin_close(claim())
+    assert (view.charged, view.reserved, view.open_calls) == (0, 0, 0)
+    assert view.state is SessionState.CLOSING
+    with pytest.raises(Refused) as refused:
+        await admit(journal, claim(2))
+    assert (refused.value.reason, refused.value.final) == ("session_closing", True)
+    await journal.closed(SESSION)
+    assert (await journal.begin_close(claim())).ended
+
+
+async def test_open_calls_settle_after_a_close(journal: Journal) -> None:
+    """A call that was open when the session began to close is charged as ever."""
+    call = await admitted(journal, claim())
+    assert (await journal.begin_close(claim(2))).open_calls == 1
+    assert (await journal.settle(call, used=0, outcome=None)).charged_total == 1000
+    assert (await journal.begin_close(claim(3))).open_calls == 0
+
+
+async def test_the_journal_is_locked_for_other_processes(journal: Journal, path: str) -> None:
+    """A second process is refused, and told which process has the journal."""
+    program = f"from x402mw.provider.journal import Journal\nJournal.open({path!r})"
+    other = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "JournalLocked" in other.stderr
+    assert f"process {os.getpid()}" in other.stderr
+    with pytest.raises(JournalLocked):
+        Journal.open(path)
+
+
+async def test_close_gives_the_journal_up(path: str) -> None:
+    """After `close` the journal can be opened again; a closed one writes nothing."""
+    first = Journal.open(path)
+    first.close()
+    first.close()
+    with pytest.raises(JournalUnavailable):
+        await admit(first, claim())
+    Journal.open(path).close()
+
+
+async def test_the_file_is_private_and_keeps_its_identity(path: str) -> None:
+    """The file has mode 0600, and its journal id and receipt key outlive a restart."""
+    first = Journal.open(path)
+    identity = first.journal_id, first.receipt_seed
+    await first.set_setting("root", "pinned")
+    first.close()
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    second = Journal.open(path)
+    assert (second.journal_id, second.receipt_seed) == identity
+    assert second.setting("root") == "pinned"
+    assert second.setting("other") is None
+    second.close()
+
+
+@pytest.mark.parametrize(
+    "place", ["postgresql://host/db", "/nowhere/at/all/journal.db", "mysql://x"]
+)
+def test_unusable_places(place: str) -> None:
+    """A place that cannot hold a journal is a configuration error, told at once."""
+    with pytest.raises(ConfigurationError):
+        Journal.open(place)
+
+
+def test_a_directory_is_no_journal(tmp_path: Path) -> None:
+    """A path that cannot be a file is a configuration error."""
+    with pytest.raises(ConfigurationError):
+        Journal.open(str(tmp_path))
+
+
+def test_sqlite_url(tmp_path: Path) -> None:
+    """A journal may also be named by a `sqlite:///` URL."""
+    Journal.open(f"sqlite:///{tmp_path}/named.db").close()
+    assert (tmp_path / "named.db").exists()
+
+
+def test_another_programs_database_is_left_alone(path: str) -> None:
+    """A database that is not a journal is refused and not touched."""
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE notes (text)")
+    connection.close()
+    with pytest.raises(ConfigurationError):
+        Journal.open(path)
+
+
+@pytest.mark.parametrize("at", [0, 4096, 3 * 4096, 8 * 4096])
+async def test_damage_is_found_when_opening(path: str, at: int) -> None:
+    """A file with a damaged page is refused when opening, before anything is served from it."""
+    journal = Journal.open(path)
+    await asyncio.gather(*(admitted(journal, claim(seq)) for seq in range(200)))
+    journal.close()
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(b"\xa5" * 600)
+    with pytest.raises(JournalCorrupt):
+        Journal.open(path)
+
+
+async def test_totals_that_are_no_sums_are_found(path: str) -> None:
+    """A file whose totals are not the sums of its rows is refused."""
+    journal = Journal.open(path)
+    await admitted(journal, claim())
+    journal.close()
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE totals SET unredeemed = unredeemed + 1")
+    connection.commit()
+    connection.close()
+    with pytest.raises(JournalCorrupt):
+        Journal.open(path)
+
+
+def test_numbers_stay_integers(path: str) -> None:
+    """The file itself refuses a fraction, an impossible account and an overdrawn call (M1)."""
+    Journal.open(path).close()
+    connection = sqlite3.connect(path)
+    values = [session_id(1), session_id(2), 10, 10, 4, 6, "open", None, NOW, 0, 0, 0, None, 0, 0, None]
+    statement = f"INSERT INTO sessions VALUES ({','.join('?' * len(values))})"
+    for place, wrong in ((4, 4.5), (4, 5), (2, 9), (4, -1), (6, "odd")):
+        broken = list(values)
+        broken[place] = wrong
+        with pytest.raises(sqlite3.IntegrityError):
+            connection.execute(statement, broken)
+    connection.execute(statement, values)
+    connection.close()
+
+
+async def test_deposits_grow_with_tokens(journal: Journal) -> None:
+    """Of two tokens the larger value of each field holds, whichever comes last."""
+    larger = replace(TOKEN, deposit=Atomic(3_000_000), claim_until=TOKEN.claim_until + 100)
+    await admitted(journal, claim(1, cumulative=2_500_000, token=larger))
+    await admitted(journal, claim(2, cumulative=2_600_000))
+    account = await journal.account(SESSION)
+    assert account is not None
+    assert (account.deposit, account.best) == (3_000_000, 2_600_000)

@@ -1,0 +1,47 @@
+"""What the journal forgets, and when: calls after their voucher's time, ended sessions later.
+
+A forgotten call can never be admitted again: its voucher has long expired, and should the clock
+have gone back, `forgotten_until` still refuses it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from x402mw.core.gate import TERMS_GRACE_SECONDS
+from x402mw.provider.journal import rows
+from x402mw.provider.journal.transaction import Transaction
+
+FORGET_AT_ONCE = 500
+TERMS_MARGIN_SECONDS = 60
+SESSION_KEEP_SECONDS = 24 * 3600
+
+
+def forget(transaction: Transaction) -> bool:
+    """Prunes some of what may go; tells whether more may be waiting.
+
+    Runs before any operation of its transaction has read a row.
+    """
+    now = int(transaction.now)
+    calls = transaction.select(rows.FORGETTABLE_CALLS, (now, FORGET_AT_ONCE))
+    for session, seq, forget_at in calls:
+        transaction.write(rows.DROP_CALL, (session, seq))
+        for (size,) in transaction.write(rows.DROP_OUTCOME_OF, (session, seq)):
+            transaction.count_outcomes(-size)
+        until = max(transaction.totals.forgotten_until, forget_at)
+        transaction.totals = replace(transaction.totals, forgotten_until=until)
+    limits = (now - SESSION_KEEP_SECONDS, FORGET_AT_ONCE)
+    ended = transaction.select(rows.FORGETTABLE_SESSIONS, limits)
+    for (session,) in ended:
+        transaction.write(rows.DROP_SESSION, (session,))
+        transaction.write(rows.DROP_METERS, (session,))
+    return FORGET_AT_ONCE in (len(calls), len(ended))
+
+
+def keep_terms(transaction: Transaction, ids: Iterable[bytes]) -> dict[bytes, int]:
+    """Makes `ids` the terms offered now, and returns the others still in grace, with since when."""
+    now = int(transaction.now)
+    transaction.write(rows.RETIRE_TERMS, (now,))
+    for terms in ids:
+        transaction.write(rows.KEEP_TERMS, (terms,))
+    transaction.write(rows.DROP_TERMS, (now - TERMS_GRACE_SECONDS - TERMS_MARGIN_SECONDS,))
+    return dict(transaction.select(rows.READ_RETIRED_TERMS))

@@ -1,0 +1,309 @@
+"""The journal's rows as values, and every SQL statement that reads or writes one.
+
+Rows are frozen: an operation reads one, makes the next, and hands it to the transaction. Amounts
+are atomic units, times whole seconds, ids raw bytes.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from x402mw.core.amounts import ZERO, Atomic
+from x402mw.core.gate import Call, CallState, Outcome
+from x402mw.core.sessions import Account, SessionState
+
+Values = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What is true of the whole journal.
+
+    `serial` counts committed batches; a journal whose serial is below one the escrow has seen is a
+    restored backup. `forgotten_until` is the latest `forget_at` of a pruned call.
+    """
+
+    serial: int
+    unredeemed: Atomic
+    outcome_bytes: int
+    forgotten_until: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """One session: its account, and how far it is redeemed.
+
+    `voucher` is the newest (176 bytes). `sent` is the highest amount ever sent to the escrow,
+    written before it was sent; `redeemed` and `released` are what the escrow reports. `ended` means
+    terminal at the escrow. `owed_since` is when something became redeemable, None if nothing is.
+    """
+
+    id: bytes
+    journal: bytes
+    account: Account
+    voucher: bytes | None
+    claim_until: int
+    sent: Atomic = ZERO
+    redeemed: Atomic = ZERO
+    released: Atomic = ZERO
+    owed_since: int | None = None
+    retry_at: int = 0
+    ended: bool = False
+    written_off: str | None = None
+
+    @property
+    def paid(self) -> Atomic:
+        """What the escrow has paid us, through vouchers or by the buyer's own hand."""
+        return max(self.redeemed, self.released)
+
+    @property
+    def owed(self) -> int:
+        """What redeeming now would bring."""
+        return 0 if self.written_off else max(0, self.account.charged - self.paid)
+
+    @property
+    def unredeemed(self) -> int:
+        """What we would lose if the escrow never came back: charged and reserved, not yet paid."""
+        if self.written_off:
+            return 0
+        return max(0, self.account.charged + self.account.reserved - self.paid)
+
+
+@dataclass(frozen=True, slots=True)
+class CallRow:
+    """One admitted request.
+
+    A crash charges `mark` plus the price of `mark_units` for a started call. `used` is the quantity
+    billed. After `forget_at` the row and its stored outcome may go.
+    """
+
+    session: bytes
+    seq: int
+    commitment: bytes
+    terms: bytes
+    amount: Atomic
+    state: CallState
+    forget_at: int
+    mark: Atomic = ZERO
+    mark_units: int = 0
+    charge: Atomic = ZERO
+    used: int = 0
+
+    def as_call(self, outcome: Outcome | None) -> Call:
+        """The row as `gate` judges it."""
+        return Call(
+            session=self.session,
+            seq=self.seq,
+            commitment=self.commitment,
+            amount=self.amount,
+            state=self.state,
+            charge=self.charge,
+            outcome=outcome,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Meter:
+    """What a session has used so far under one metered price."""
+
+    unit_price: int
+    per: int
+    quantity: int = 0
+
+
+READ_TOTALS = "SELECT serial, unredeemed, outcome_bytes, forgotten_until FROM totals"
+WRITE_TOTALS = (
+    "UPDATE totals SET serial = ?, unredeemed = ?, outcome_bytes = ?, forgotten_until = ?"
+)
+
+_SELECT_SESSION = """
+    SELECT id, journal, deposit, best, charged, reserved, state, voucher, claim_until,
+           sent, redeemed, released, owed_since, retry_at, ended, written_off
+    FROM sessions
+"""
+READ_SESSION = _SELECT_SESSION + "WHERE id = ?"
+WRITE_SESSION = """
+    INSERT INTO sessions (id, journal, deposit, best, charged, reserved, state, voucher,
+        claim_until, sent, redeemed, released, owed_since, retry_at, ended, written_off)
+    VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)
+    ON CONFLICT (id) DO UPDATE SET
+        deposit = excluded.deposit, best = excluded.best, charged = excluded.charged,
+        reserved = excluded.reserved, state = excluded.state, voucher = excluded.voucher,
+        claim_until = excluded.claim_until, sent = excluded.sent, redeemed = excluded.redeemed,
+        released = excluded.released, owed_since = excluded.owed_since,
+        retry_at = excluded.retry_at, ended = excluded.ended, written_off = excluded.written_off
+"""
+
+_SELECT_CALL = """
+    SELECT session, seq, commitment, terms, amount, state, forget_at,
+           mark, mark_units, charge, used
+    FROM calls
+"""
+READ_CALL = _SELECT_CALL + "WHERE session = ? AND seq = ?"
+READ_UNSETTLED = _SELECT_CALL + "WHERE state <> 'settled'"
+COUNT_UNSETTLED = "SELECT count(*) FROM calls WHERE session = ? AND state <> 'settled'"
+WRITE_CALL = """
+    INSERT INTO calls (session, seq, commitment, terms, amount, state, forget_at,
+        mark, mark_units, charge, used)
+    VALUES (?,?,?,?,?,?,?,?,?,?,?)
+    ON CONFLICT (session, seq) DO UPDATE SET
+        state = excluded.state, mark = excluded.mark, mark_units = excluded.mark_units,
+        charge = excluded.charge, used = excluded.used
+"""
+
+READ_METER = "SELECT unit_price, per, quantity FROM meters WHERE session = ? AND terms = ?"
+WRITE_METER = """
+    INSERT INTO meters (session, terms, unit_price, per, quantity) VALUES (?,?,?,?,?)
+    ON CONFLICT (session, terms) DO UPDATE SET quantity = excluded.quantity
+"""
+
+READ_OUTCOME = (
+    "SELECT status, headers, body, credentials FROM outcomes WHERE session = ? AND seq = ?"
+)
+WRITE_OUTCOME = """
+    INSERT INTO outcomes (session, seq, status, headers, body, credentials, size)
+    VALUES (?,?,?,?,?,?,?)
+"""
+OLDEST_OUTCOMES = "SELECT id, size FROM outcomes ORDER BY id LIMIT ?"
+DROP_OUTCOME = "DELETE FROM outcomes WHERE id = ?"
+
+FORGETTABLE_CALLS = """
+    SELECT session, seq, forget_at FROM calls
+    WHERE state = 'settled' AND forget_at <= ? ORDER BY forget_at LIMIT ?
+"""
+DROP_CALL = "DELETE FROM calls WHERE session = ? AND seq = ?"
+DROP_OUTCOME_OF = "DELETE FROM outcomes WHERE session = ? AND seq = ? RETURNING size"
+FORGETTABLE_SESSIONS = """
+    SELECT id FROM sessions WHERE ended = 1 AND claim_until <= ? AND reserved = 0
+    ORDER BY claim_until LIMIT ?
+"""
+DROP_SESSION = "DELETE FROM sessions WHERE id = ?"
+DROP_METERS = "DELETE FROM meters WHERE session = ?"
+
+CLOSING_SESSIONS = (
+    _SELECT_SESSION
+    + """
+    WHERE state = 'closing' AND ended = 0 AND reserved = 0 AND written_off IS NULL
+    AND retry_at <= ? ORDER BY id LIMIT ?
+"""
+)
+OWED_SESSIONS = (
+    _SELECT_SESSION
+    + """
+    WHERE owed_since IS NOT NULL AND retry_at <= :now
+    AND (owed_since <= :owed_before OR claim_until <= :claim_before
+         OR charged - max(redeemed, released) >= :amount)
+    ORDER BY claim_until LIMIT :limit
+"""
+)
+READ_ALL_UNREDEEMED = """
+    SELECT coalesce(sum(max(0, charged + reserved - max(redeemed, released))), 0),
+           coalesce(sum(reserved), 0)
+    FROM sessions WHERE written_off IS NULL
+"""
+
+READ_SETTINGS = "SELECT key, value FROM settings"
+WRITE_SETTING = """
+    INSERT INTO settings (key, value) VALUES (?, ?)
+    ON CONFLICT (key) DO UPDATE SET value = excluded.value
+"""
+READ_JOURNALS = "SELECT id, receipt_seed, replaced FROM journals"
+REPLACE_JOURNAL = "UPDATE journals SET replaced = 1 WHERE replaced = 0"
+ADD_JOURNAL = "INSERT INTO journals (id, receipt_seed, replaced) VALUES (?, ?, 0)"
+
+RETIRE_TERMS = "UPDATE terms SET retired_at = ? WHERE retired_at IS NULL"
+KEEP_TERMS = """
+    INSERT INTO terms (id, retired_at) VALUES (?, NULL)
+    ON CONFLICT (id) DO UPDATE SET retired_at = NULL
+"""
+DROP_TERMS = "DELETE FROM terms WHERE retired_at < ?"
+READ_RETIRED_TERMS = "SELECT id, retired_at FROM terms WHERE retired_at IS NOT NULL"
+
+
+def read_session(values: Values) -> SessionRow:
+    """Makes a session of what `READ_SESSION` selects."""
+    (session, journal, deposit, best, charged, reserved, state, *rest) = values
+    (voucher, claim_until, sent, redeemed, released, owed_since, retry_at, ended, off) = rest
+    return SessionRow(
+        id=session,
+        journal=journal,
+        account=Account(deposit, best, charged, reserved, SessionState(state)),
+        voucher=voucher,
+        claim_until=claim_until,
+        sent=sent,
+        redeemed=redeemed,
+        released=released,
+        owed_since=owed_since,
+        retry_at=retry_at,
+        ended=bool(ended),
+        written_off=off,
+    )
+
+
+def write_session(row: SessionRow) -> Values:
+    """The values for `WRITE_SESSION`."""
+    account = row.account
+    return (
+        row.id,
+        row.journal,
+        account.deposit,
+        account.best,
+        account.charged,
+        account.reserved,
+        account.state.value,
+        row.voucher,
+        row.claim_until,
+        row.sent,
+        row.redeemed,
+        row.released,
+        row.owed_since,
+        row.retry_at,
+        int(row.ended),
+        row.written_off,
+    )
+
+
+def read_call(values: Values) -> CallRow:
+    """Makes a call of what `READ_CALL` selects."""
+    session, seq, commitment, terms, amount, state, *rest = values
+    return CallRow(session, seq, commitment, terms, amount, CallState(state), *rest)
+
+
+def write_call(row: CallRow) -> Values:
+    """The values for `WRITE_CALL`."""
+    return (
+        row.session,
+        row.seq,
+        row.commitment,
+        row.terms,
+        row.amount,
+        row.state.value,
+        row.forget_at,
+        row.mark,
+        row.mark_units,
+        row.charge,
+        row.used,
+    )
+
+
+def write_meter(key: tuple[bytes, bytes], meter: Meter) -> Values:
+    """The values of one meter; its key is (session, terms id)."""
+    return (*key, meter.unit_price, meter.per, meter.quantity)
+
+
+def read_outcome(values: Values) -> Outcome:
+    """Makes a stored outcome of (status, headers, body, credentials)."""
+    status, fields, body, credentials = values
+    pairs = tuple(
+        (name.encode("latin-1"), value.encode("latin-1")) for name, value in json.loads(fields)
+    )
+    return Outcome(status, pairs, body, credentials)
+
+
+def write_outcome(outcome: Outcome) -> Values:
+    """The values of (status, headers, body, credentials, size)."""
+    fields = json.dumps(
+        [(name.decode("latin-1"), value.decode("latin-1")) for name, value in outcome.headers]
+    )
+    size = len(outcome.body) + len(fields)
+    return outcome.status, fields, outcome.body, outcome.credentials, size
