@@ -1,0 +1,299 @@
+"""Redeeming: one background task hands vouchers in, and learns what the escrow knows.
+
+1. The escrow is contacted every few seconds; that contact tells whether it is away, and what
+   changed there. The first one also tells whether this journal is a restored backup.
+2. What is owed is sent by amount, by age, and always before the vouchers run out; at once when
+   `nudge` says that much is open; the rest of a closing session when its last call has ended.
+3. Each item has a verdict of its own. Without a clear verdict an item is neither redeemed nor
+   refused: it is sent again, which can never count twice.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import groupby
+
+from x402mw.core.amounts import Atomic
+from x402mw.core.errors import EscrowRefused, EscrowUnavailable, X402mwError
+from x402mw.core.ids import ESCROW, format_id
+from x402mw.core.sessions import SessionState
+from x402mw.provider.journal import Due, Item, Journal, Refusal, Report
+from x402mw.provider.link import EscrowLink
+from x402mw_client.operations import Change, RedeemItem, Verdict
+
+ITEMS_MAX = 1000
+CONTACT_SECONDS = 10.0
+ROUND_SECONDS = 0.5
+FIRST_CONTACT_SECONDS = 5.0
+LAST_SECONDS = 5.0
+BACKOFF_SECONDS_MAX = 30.0
+BY_AMOUNT = Atomic(1_000_000)
+BY_AGE_SECONDS = 5
+CLAIM_MARGIN_SECONDS = 120
+"""A session is redeemed this long before `claim_until` at the latest: a minute, and one to try."""
+
+ENDED = frozenset({"released", "refunded", "settled"})
+BATCH_REFUSED = frozenset({400, 413, 422})
+"""Statuses by which the escrow refuses a batch as a whole for the sake of one item in it."""
+UNCLEAR = "unclear"
+
+EVERYTHING = Due(amount=Atomic(1), age_seconds=0, margin_seconds=0)
+
+log = logging.getLogger("x402mw.provider.redeemer")
+
+Replaced = Callable[[], Awaitable[None]]
+
+
+class Redeemer:
+    """Redeems one journal's sessions. `by_amount` is atomic, `by_age` in seconds."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        link: EscrowLink,
+        *,
+        by_amount: Atomic = BY_AMOUNT,
+        by_age: float = BY_AGE_SECONDS,
+        contact_seconds: float = CONTACT_SECONDS,
+        round_seconds: float = ROUND_SECONDS,
+    ) -> None:
+        self._journal = journal
+        self._link = link
+        self._rule = Due(by_amount, by_age, CLAIM_MARGIN_SECONDS)
+        self._contact_seconds = contact_seconds
+        self._round_seconds = round_seconds
+        self._nudged = asyncio.Event()
+        self._contacting = asyncio.Lock()
+        self._met = False
+        self._contact_at = float("-inf")
+        self._failures = 0
+        self._on_replaced: Replaced | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, *, on_replaced: Replaced | None = None) -> None:
+        """Tries a first contact, and goes on behind whether it succeeds or not.
+
+        `on_replaced` is awaited when the journal turns out to be a restored backup and has taken a
+        new id.
+        """
+        self._on_replaced = on_replaced
+        try:
+            async with asyncio.timeout(FIRST_CONTACT_SECONDS):
+                await self._meet()
+        except (X402mwError, TimeoutError) as error:
+            log.warning("starting with the escrow away: %s", error)
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Ends the task, and hands in what is owed if the escrow answers soon."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        try:
+            async with asyncio.timeout(LAST_SECONDS):
+                await self.redeem_all()
+        except (X402mwError, TimeoutError) as error:
+            log.warning("stopping before everything could be redeemed: %s", error)
+
+    def nudge(self) -> None:
+        """Asks for everything owed to be redeemed now."""
+        self._nudged.set()
+
+    # The task.
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._round()
+                self._failures = 0
+            except X402mwError as error:
+                self._failures += 1
+                log.warning("the escrow could not be used: %s", error)
+            except Exception:
+                self._failures += 1
+                log.exception("a round of redeeming failed")
+            await self._pause()
+
+    async def _round(self) -> None:
+        if not self._met or _now() - self._contact_at >= self._contact_seconds:
+            await self.contact()
+        rule = EVERYTHING if self._nudged.is_set() else self._rule
+        self._nudged.clear()
+        await self._send(await self._journal.due(rule, ITEMS_MAX))
+
+    async def _pause(self) -> None:
+        """Waits for the next round: a nudge shortens it, but not while the escrow is failing."""
+        if self._failures:
+            longest = min(BACKOFF_SECONDS_MAX, self._round_seconds * 2**self._failures)
+            # Jitter, so that many providers do not all return in one moment.
+            await asyncio.sleep(longest * random.uniform(0.5, 1))  # noqa: S311 (no secret)
+            return
+        await asyncio.sleep(self._round_seconds / 5)
+        try:
+            async with asyncio.timeout(self._round_seconds):
+                await self._nudged.wait()
+        except TimeoutError:
+            return
+
+    # Contact.
+
+    async def contact(self) -> None:
+        """Asks the escrow what changed, and takes it over."""
+        async with self._contacting:
+            await self._link.ensure_registered()
+            while await self._take_changes():
+                pass
+            self._contact_at = _now()
+        self._link.refresh_keys_in_time()
+
+    async def _take_changes(self) -> bool:
+        """Takes over one page of changes; tells whether there may be another."""
+        journal = self._journal
+        cursor, serial = journal.changes_cursor, self._serial
+        page = await self._link.contact(
+            self._link.escrow.changes(cursor, journal.journal_id, serial, limit=ITEMS_MAX)
+        )
+        if page.next < cursor:
+            raise EscrowUnavailable("the escrow's changes run backwards")
+        # A serial above our own was shown to the escrow by this journal in another life.
+        restored = page.serial > self._serial
+        if page.changes:
+            reports = [_report_change(change) for change in page.changes]
+            restored |= await journal.apply_changes(reports, page.next)
+        self._met = True
+        if restored:
+            await self._replace()
+        return restored or len(page.changes) == ITEMS_MAX
+
+    @property
+    def _serial(self) -> int:
+        """The serial to show, and to compare with what the escrow has seen.
+
+        At the first contact it is that of the opened file: whatever the escrow has seen above it
+        was not shown by this process, however often a lost answer made it ask again.
+        """
+        return self._journal.serial if self._met else self._journal.serial_at_open
+
+    async def _replace(self) -> None:
+        log.error(
+            "this journal is a restored backup: it takes a new id, and its old sessions take no"
+            " more calls; what they owe is still redeemed"
+        )
+        await self._journal.replace_identity()
+        if self._on_replaced is not None:
+            await self._on_replaced()
+        await self._link.ensure_registered()
+
+    # Redeeming.
+
+    async def redeem_session(self, session: bytes, *, final: bool) -> bool:
+        """Redeems one session now; `final` also closes it, once it is closing and has no open call.
+
+        Tells whether it is done. If not, the task behind goes on trying.
+        """
+        if self._failures and self._link.away:
+            return False
+        try:
+            await self._meet()
+            item = await self._journal.due_session(session, final=final)
+            done = item is None or session in await self._send([item])
+        except X402mwError as error:
+            log.warning("a session could not be redeemed now: %s", error)
+            return False
+        if not final:
+            return done
+        account = await self._journal.account(session)
+        return account is not None and account.state is SessionState.CLOSED
+
+    async def redeem_all(self) -> None:
+        """Redeems everything owed, or raises what hindered it."""
+        await self._meet()
+        tried: set[bytes] = set()
+        while items := await self._journal.due(EVERYTHING, ITEMS_MAX):
+            if tried.issuperset(item.session for item in items):
+                return
+            tried.update(item.session for item in items)
+            await self._send(items)
+
+    async def _meet(self) -> None:
+        if not self._met:
+            await self.contact()
+
+    async def _send(self, items: Sequence[Item]) -> set[bytes]:
+        """Sends items, and takes over their verdicts; returns the sessions that were accepted."""
+        accepted: set[bytes] = set()
+        # Sessions of an id that this book has given up are redeemed under that id.
+        for journal, group in groupby(sorted(items, key=_journal_of), key=_journal_of):
+            accepted |= await self._send_batch(journal, list(group))
+        return accepted
+
+    async def _send_batch(self, journal: bytes, items: list[Item]) -> set[bytes]:
+        lines = [_line(item) for item in items]
+        try:
+            answer = await self._link.escrow.redeem(journal, self._journal.serial, lines)
+        except EscrowRefused as error:
+            if error.status not in BATCH_REFUSED:
+                raise
+            return await self._send_apart(journal, items, error)
+        if len(answer.items) != len(items):
+            raise EscrowUnavailable("the escrow did not answer item by item")
+        return await self._apply(
+            [_read(item, verdict) for item, verdict in zip(items, answer.items, strict=True)]
+        )
+
+    async def _send_apart(
+        self, journal: bytes, items: list[Item], error: EscrowRefused
+    ) -> set[bytes]:
+        """Finds the item for whose sake a batch was refused, and redeems all others."""
+        if len(items) == 1:
+            return await self._apply([Refusal(items[0].session, error.reason)])
+        half = len(items) // 2
+        first = await self._send_batch(journal, items[:half])
+        return first | await self._send_batch(journal, items[half:])
+
+    async def _apply(self, verdicts: Sequence[Report | Refusal]) -> set[bytes]:
+        reports = [verdict for verdict in verdicts if isinstance(verdict, Report)]
+        refusals = [verdict for verdict in verdicts if isinstance(verdict, Refusal)]
+        for refusal in refusals:
+            name = format_id(ESCROW, refusal.session)
+            log.error("the escrow did not redeem session %s: %s", name, refusal.code)
+        if await self._journal.apply_verdicts(reports, refusals):
+            await self._replace()
+        return {report.session for report in reports}
+
+
+def _journal_of(item: Item) -> bytes:
+    return item.journal
+
+
+def _line(item: Item) -> RedeemItem:
+    if item.voucher is None:
+        return RedeemItem(amount=item.amount, session=item.session, final=item.final)
+    return RedeemItem(amount=item.amount, voucher=item.voucher, final=item.final)
+
+
+def _read(item: Item, verdict: Verdict) -> Report | Refusal:
+    """What a verdict says; one that makes no sense is neither yes nor no, and is asked again."""
+    if not verdict.ok:
+        return Refusal(item.session, verdict.code or UNCLEAR)
+    if verdict.session != item.session or verdict.state is None:
+        return Refusal(item.session, UNCLEAR)
+    if verdict.redeemed is None or verdict.released is None:
+        return Refusal(item.session, UNCLEAR)
+    ended = verdict.state in ENDED
+    return Report(item.session, verdict.redeemed, verdict.released, ended=ended)
+
+
+def _report_change(change: Change) -> Report:
+    return Report(
+        change.session,
+        change.redeemed,
+        change.released,
+        ended=change.state in ENDED,
+        claim_until=change.claim_until or 0,
+    )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
