@@ -1,5 +1,6 @@
 """Strict decoding: one text has one meaning, or it is refused."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -35,10 +36,8 @@ def test_junk_json_is_malformed(raw: bytes) -> None:
 def test_any_bytes_are_json_or_malformed(raw: bytes) -> None:
     """No bytes whatever raise anything but `Malformed`."""
     for read in (strict.loads, strict.loads_object, strict.b64_decode):
-        try:
+        with contextlib.suppress(Malformed):
             read(raw)
-        except Malformed:
-            pass
 
 
 @given(JSON)
@@ -55,7 +54,7 @@ def test_escaped_pairs_are_whole_characters() -> None:
 def test_eight_levels_are_allowed() -> None:
     """Eight levels of nesting pass, also with many brackets side by side."""
     assert strict.loads(b"[" * 8 + b"]" * 8)
-    assert strict.loads(b"[" + b"[]," * 20 + b"{}]")
+    assert strict.loads(b"[" + b"[1]," * 20 + b"{}]")
 
 
 @pytest.mark.parametrize("raw", [b"[]", b"1", b"null", b'"a"'])
@@ -99,7 +98,7 @@ def test_encodings_read_back(raw: bytes) -> None:
     assert strict.hex_decode(raw.hex(), len(raw)) == raw
 
 
-@pytest.mark.parametrize("text", ["AB", "a", "abc", "0g", " a", "a\n", "٠٠", ""])
+@pytest.mark.parametrize("text", ["AB", "a", "abc", "0g", " a", "a\n", "\u0660\u0660", ""])
 def test_loose_hex_is_malformed(text: str) -> None:
     """Hex is lower case and exactly as long as asked."""
     with pytest.raises(Malformed):

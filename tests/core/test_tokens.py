@@ -37,9 +37,7 @@ def claims_of(text: str) -> dict[str, Any]:
     return loads_object(tokens._raw_part(part))
 
 
-def forge(
-    claims: object, header: dict[str, Any] | None = None, seed: bytes = world.SIGNER
-) -> str:
+def forge(claims: object, header: dict[str, Any] | None = None, seed: bytes = world.SIGNER) -> str:
     """A token whose signature is right and whose content is anything."""
     public = tokens.public_key(seed)
     usual = {"alg": "Ed25519", "typ": tokens.TOKEN_TYPE, "kid": tokens.key_id(public)}

@@ -25,6 +25,7 @@ LOOSE_MAX = 3
 """Parameters that match across a slash or share a segment: more would let a path stall a match."""
 _PARAMETER = re.compile(r"{([a-zA-Z_][a-zA-Z0-9_]*)(:[a-zA-Z_][a-zA-Z0-9_]*)?}")
 _BLANK = re.compile(r"[\s\x00-\x20\x7f]")
+_QUERY = re.compile(r"[?#]")
 _MARK = "\ue000"
 _METHOD = re.compile(r"[A-Z][A-Z0-9_-]{0,31}", re.ASCII)
 _PATTERNS = {
@@ -92,7 +93,7 @@ def normal_form(path: str) -> str:
     """Folds the spellings of a path that some server or router may treat as the same."""
     for _ in range(2):
         path = unquote(path)
-    path = path.replace("\\", "/").casefold()
+    path = _QUERY.split(path, maxsplit=1)[0].replace("\\", "/").casefold()
     kept: list[str] = []
     for segment in path.split("/"):
         # Parameters (";v=1"), blanks and control characters are dropped by some stacks.

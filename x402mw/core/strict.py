@@ -29,9 +29,7 @@ def loads(raw: bytes, nesting_max: int = NESTING_MAX) -> Any:
         )
     except RecursionError:
         raise Malformed("the JSON is nested too deeply") from None
-    except ValueError as error:
-        if isinstance(error, Malformed):
-            raise
+    except ValueError:
         raise Malformed("this is not JSON in UTF-8") from None
     # Fewer brackets than levels cannot nest too deeply, so ordinary input skips the walk.
     if text.count("{") + text.count("[") > nesting_max:
