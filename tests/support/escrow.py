@@ -1,5 +1,6 @@
 """Real escrows for tests: one in this process on a real socket, or one in a process of its own."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -12,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import anyio
 import httpx
 
 from x402mw.core.amounts import to_atomic
@@ -110,27 +110,21 @@ async def running_escrow(
     settings = replace(Settings(str(tmp_path / "escrow.db"), ROOT_SEED), **changes)
     clock = clock or MovingClock()
     app = create_app(settings, clock=clock)
-    sock, started = bind("127.0.0.1", 0), anyio.Event()
+    sock, started = bind("127.0.0.1", 0), asyncio.Event()
     server = AnnouncingServer(app, started.set)
-    async with anyio.create_task_group() as tasks:
-        # uvicorn's own signal handling belongs to a process, not to a test.
-        with _without_signals(server):
-            tasks.start_soon(server.serve, [sock])
-            with anyio.fail_after(20):
-                await started.wait()
-            escrow = RunningEscrow(url_of(sock), app.state.ledger, settings, clock)
-            try:
-                yield escrow
-                assert await escrow.check() == []
-            finally:
-                server.should_exit = True
-    sock.close()
-
-
-@contextmanager
-def _without_signals(server: AnnouncingServer) -> Iterator[None]:
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]  # for tests only
-    yield
+    # uvicorn's own signal handling belongs to a process, not to a test.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    serving = asyncio.create_task(server.serve([sock]))
+    try:
+        async with asyncio.timeout(20):
+            await started.wait()
+        escrow = RunningEscrow(url_of(sock), app.state.ledger, settings, clock)
+        yield escrow
+        assert await escrow.check() == []
+    finally:
+        server.should_exit = True
+        await serving
+        sock.close()
 
 
 class EscrowProcess:

@@ -6,7 +6,6 @@ runs it again when the database asks for that. Readers see a moment of their own
 """
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from x402mw.core.errors import ConfigurationError
-from x402mw.core.strict import b64url_encode
+from x402mw.core.strict import b64url_encode, dumps
 from x402mw.escrow import books, database, deadlines, idempotency, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.idempotency import Answer, Key
@@ -145,14 +144,18 @@ async def _answer(
     if caller is not None:
         await deadlines.apply(tx, caller)
     try:
-        answer = Answer(status, json.dumps(await operation(tx)))
+        answer = Answer(status, _text(await operation(tx)))
     except (Refused, InvalidState) as error:
         tx.discard()
         refusal = error if isinstance(error, Refused) else _invalid_state(error)
-        answer = Answer(refusal.status, json.dumps(refusal.problem()))
+        answer = Answer(refusal.status, _text(refusal.problem()))
     if key is not None:
         await idempotency.store(tx, key, answer)
     return answer
+
+
+def _text(body: dict[str, Any]) -> str:
+    return dumps(body).decode()
 
 
 def _invalid_state(error: InvalidState) -> Refused:

@@ -14,7 +14,8 @@ SHUTDOWN_SECONDS = 10
 def bind(host: str, port: int) -> socket.socket:
     """Takes the address now, so that port 0 has become a real port when it is announced."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small answers without delay (40 ms each) only if the protocol is named here.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((host, port))
     return sock

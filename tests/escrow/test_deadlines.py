@@ -1,0 +1,144 @@
+"""Deadlines: applied by whoever sees them first, postponed by outages. `docs/money.md` 6."""
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from tests.escrow.market import JOURNAL, code_of, market
+from x402mw.escrow import schema
+
+pytestmark = pytest.mark.anyio
+T0 = 1_800_000_000
+
+
+async def test_an_expired_session_goes_home(tmp_path: Path) -> None:
+    """T1 and T3: valid iff now < expires_at; then the rest is refunded."""
+    async with market(tmp_path) as m:
+        name = (await m.open("5.00", expires_in_seconds=1800))["escrow_id"]
+        await m.redeem({"voucher": m.voucher(name, "1"), "amount": "1"})
+        await m.escrow.pass_time(1799)
+        assert (await m.show(name))["status"] == "partially_released"
+        await m.escrow.pass_time(1)
+        ended = await m.show(name)
+        assert (ended["status"], ended["close_reason"]) == ("settled", "expired_refund")
+        assert (ended["released"], ended["refunded"]) == ("1.00", "4.00")
+        assert await m.balance(m.buyer) == "99.00"
+
+
+async def alive(m, seconds: int) -> None:
+    """Lets time pass with heartbeats and without a sweeper."""
+    for _ in range(seconds // 50):
+        m.escrow.clock.advance(50)
+        async with m.escrow.ledger.write():
+            pass
+
+
+async def test_any_access_applies_a_deadline(tmp_path: Path) -> None:
+    """T2: without any sweeper, the first reader or payer finds the money at home."""
+    async with market(tmp_path, balance="5.00") as m:
+        for look in range(4):
+            name = (await m.open("5.00", expires_in_seconds=1800))["escrow_id"]
+            await alive(m, 1900)
+            if look == 0:
+                assert await m.balance(m.buyer) == "5.00"
+            elif look == 1:
+                assert (await m.show(name))["status"] == "refunded"
+            elif look == 2:
+                changes = (await m.get(m.provider, "/changes", journal=JOURNAL)).json()["changes"]
+                assert changes[-1]["state"] == "refunded"
+            else:
+                answer = await m.post(m.buyer, "/escrow", m.wish("5.00"))
+                assert answer.status_code == 201
+
+
+async def test_a_late_deadline_is_stamped_with_its_own_time(tmp_path: Path) -> None:
+    """T2: the entry says both when it was written and when it counts."""
+    async with market(tmp_path) as m:
+        await m.open("5.00", expires_in_seconds=1800)
+        await alive(m, 2500)
+        await m.balance(m.buyer)
+        entries = schema.entries
+        async with m.escrow.ledger.read() as connection:
+            row = (
+                await connection.execute(select(entries).where(entries.c.kind == "deadline"))
+            ).one()
+        assert (row.created_at, row.effective_at) == (T0 + 2500, T0 + 1800)
+
+
+async def test_a_closing_session_waits_for_its_newest_voucher(tmp_path: Path) -> None:
+    """Rule 5: closing ends at the claim_until of the newest token; redeem works until then."""
+    async with market(tmp_path) as m:
+        name = (await m.open())["escrow_id"]
+        await m.post(m.buyer, f"/escrow/{name}/close")
+        await m.escrow.pass_time(899)
+        (last,) = await m.redeem({"voucher": m.voucher(name, "1"), "amount": "1"})
+        assert last["ok"]
+        await m.escrow.pass_time(1)
+        (late,) = await m.redeem({"voucher": m.voucher(name, "2"), "amount": "2"})
+        assert (late["ok"], late["code"]) == (False, "invalid_state")
+        ended = await m.show(name)
+        assert (ended["status"], ended["close_reason"]) == ("settled", "buyer_close")
+
+
+async def test_a_close_with_no_live_token_ends_at_once(tmp_path: Path) -> None:
+    """Rule 5: when no voucher could count any more the buyer has the rest immediately."""
+    async with market(tmp_path) as m:
+        name = (await m.open())["escrow_id"]
+        await m.escrow.pass_time(900)
+        closed = (await m.post(m.buyer, f"/escrow/{name}/close")).json()
+        assert (closed["status"], closed["close_reason"]) == ("refunded", "buyer_close")
+
+
+async def test_no_token_in_the_last_seconds(tmp_path: Path) -> None:
+    """T4: near its expiry a session issues no token, and takes no top-up that nobody could use."""
+    async with market(tmp_path) as m:
+        name = (await m.open(expires_in_seconds=1800))["escrow_id"]
+        await m.escrow.pass_time(1499)
+        token = (await m.post(m.buyer, f"/escrow/{name}/token")).json()
+        assert token["claim_until"] == token["expires_at"] == T0 + 1800
+        await m.escrow.pass_time(1)
+        for path, body in (("token", None), ("topup", {"amount": "1"})):
+            answer = await m.post(m.buyer, f"/escrow/{name}/{path}", body)
+            assert code_of(answer) == (409, "session_ending")
+
+
+async def test_an_outage_takes_nothing_from_a_provider(tmp_path: Path) -> None:
+    """T5: deadlines that passed while the escrow was down wait for 600 s after it is back."""
+    async with market(tmp_path) as m:
+        closing = (await m.open())["escrow_id"]
+        expiring = (await m.open(expires_in_seconds=1800))["escrow_id"]
+        await m.post(m.buyer, f"/escrow/{closing}/close")
+        m.escrow.clock.advance(100_000)
+        verdicts = await m.redeem(
+            {"voucher": m.voucher(closing, "1"), "amount": "1"},
+            {"voucher": m.voucher(expiring, "2"), "amount": "2"},
+        )
+        assert [item["redeemed"] for item in verdicts] == ["1.00", "2.00"]
+        await m.escrow.pass_time(599)
+        assert (await m.show(closing))["status"] == "closing"
+        await m.escrow.pass_time(1)
+        assert (await m.show(closing))["refunded"] == "4.00"
+        assert (await m.show(expiring))["refunded"] == "3.00"
+
+
+async def test_what_was_due_before_an_outage_stays_due(tmp_path: Path) -> None:
+    """T2 and T5: a deadline inside the time the service was alive is not postponed later."""
+    async with market(tmp_path) as m:
+        name = (await m.open(expires_in_seconds=1800))["escrow_id"]
+        await alive(m, 1900)
+        m.escrow.clock.advance(5000)
+        (verdict,) = await m.redeem({"voucher": m.voucher(name, "1"), "amount": "1"})
+        assert verdict["code"] == "invalid_state"
+        assert (await m.show(name))["status"] == "refunded"
+
+
+async def test_a_clock_that_jumps_back_harms_nobody(tmp_path: Path) -> None:
+    """Failures: a clock set back moves only expiry decisions."""
+    async with market(tmp_path) as m:
+        name = (await m.open())["escrow_id"]
+        m.escrow.clock.advance(-7200)
+        (verdict,) = await m.redeem({"voucher": m.voucher(name, "1"), "amount": "1"})
+        assert verdict["ok"]
+        m.escrow.clock.advance(7200)
+        assert (await m.show(name))["status"] == "partially_released"

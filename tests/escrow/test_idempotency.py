@@ -1,0 +1,114 @@
+"""Idempotency keys: `docs/money.md` 8."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.escrow.market import JOURNAL, code_of, market
+from x402mw.escrow.idempotency import KEPT_SECONDS
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_replay_gives_the_stored_answer_and_moves_nothing(tmp_path: Path) -> None:
+    """Rule 8: same key and body = the same bytes again, marked, on every route that moves money."""
+    async with market(tmp_path) as m:
+        name, other = (await m.open())["escrow_id"], (await m.open())["escrow_id"]
+        item = {"voucher": m.voucher(name, "1"), "amount": "1"}
+        batch = {"journal": JOURNAL, "serial": 1, "items": [item]}
+        for agent, path, body in (
+            (m.buyer, "/faucet/claim", None),
+            (m.buyer, "/escrow", m.wish("2")),
+            (m.buyer, f"/escrow/{name}/topup", {"amount": "1"}),
+            (m.buyer, f"/escrow/{name}/release", {"cumulative": "0.5"}),
+            (m.buyer, f"/escrow/{other}/close", None),
+            (m.provider, "/redeem", batch),
+            (m.provider, f"/escrow/{name}/close", None),
+        ):
+            first = await m.post(agent, path, body, key="one")
+            balances = await m.balance(m.buyer), await m.balance(m.provider)
+            again = await m.post(agent, path, body, key="one")
+            assert first.is_success
+            assert "idempotent-replayed" not in first.headers
+            assert again.headers["idempotent-replayed"] == "true"
+            assert (again.status_code, again.content) == (first.status_code, first.content)
+            assert (await m.balance(m.buyer), await m.balance(m.provider)) == balances
+
+
+async def test_another_body_under_the_same_key(tmp_path: Path) -> None:
+    """Rule 8: other body = 422; spelling the same JSON differently is the same body."""
+    async with market(tmp_path) as m:
+        first = await m.post(m.buyer, "/escrow", m.wish("2"), key="k")
+        other = await m.post(m.buyer, "/escrow", m.wish("3"), key="k")
+        assert code_of(other) == (422, "idempotency_mismatch")
+        respelt = dict(reversed(m.wish("2").items()))
+        assert (await m.post(m.buyer, "/escrow", respelt, key="k")).content == first.content
+        assert await m.balance(m.buyer) == "98.00"
+
+
+async def test_a_key_is_scoped_to_principal_and_route(tmp_path: Path) -> None:
+    """Rule 8: the same key of another agent, or on another path, is another key."""
+    async with market(tmp_path) as m:
+        first, second = [(await m.open())["escrow_id"] for _ in range(2)]
+        for name in (first, second):
+            await m.post(m.buyer, f"/escrow/{name}/topup", {"amount": "1"}, key="k")
+        for agent in (m.buyer, m.provider):
+            answer = await m.post(agent, "/faucet/claim", key="k")
+            assert answer.status_code == 200
+        assert (await m.show(second))["amount"] == "6.00"
+
+
+async def test_a_refusal_that_depended_on_state_stays(tmp_path: Path) -> None:
+    """Rule 8: no funds once means that key never succeeds; a fresh key does."""
+    async with market(tmp_path, balance="1.00") as m:
+        refused = await m.post(m.buyer, "/escrow", m.wish("5"), key="k")
+        assert code_of(refused) == (409, "insufficient_funds")
+        await m.escrow.deposit(m.buyer.agent_id, "50")
+        again = await m.post(m.buyer, "/escrow", m.wish("5"), key="k")
+        assert again.headers["idempotent-replayed"] == "true"
+        assert (code_of(again), again.content) == (code_of(refused), refused.content)
+        assert (await m.post(m.buyer, "/escrow", m.wish("5"), key="fresh")).status_code == 201
+
+
+async def test_what_is_malformed_uses_up_no_key(tmp_path: Path) -> None:
+    """Rule 8: a body that never reached the ledger leaves its key free."""
+    async with market(tmp_path) as m:
+        assert (await m.post(m.buyer, "/escrow", m.wish("x"), key="k")).status_code == 422
+        assert (await m.post(m.buyer, "/escrow", m.wish("2"), key="k")).status_code == 201
+
+
+async def test_fifty_at_once_move_money_once(tmp_path: Path) -> None:
+    """Rule 8: while one runs the others get 409 with Retry-After, afterwards the stored answer."""
+    async with market(tmp_path) as m:
+        answers = await asyncio.gather(
+            *(m.post(m.buyer, "/escrow", m.wish("2"), key="k") for _ in range(50))
+        )
+        stored = {answer.content for answer in answers if answer.status_code == 201}
+        for answer in answers:
+            if answer.status_code != 201:
+                assert code_of(answer) == (409, "idempotency_running")
+                assert answer.headers["retry-after"] == "1"
+        assert len(stored) == 1
+        assert await m.balance(m.buyer) == "98.00"
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "\xe9"])
+async def test_keys_that_are_no_keys(key: str, tmp_path: Path) -> None:
+    """Rule 8: 1 to 255 printable characters, else 400."""
+    async with market(tmp_path) as m:
+        headers = {**m.buyer.headers, "Idempotency-Key": key.encode("latin-1")}
+        answer = await m.http.post("/escrow", json=m.wish(), headers=headers)
+        assert code_of(answer) == (400, "malformed")
+        assert await m.balance(m.buyer) == "100.00"
+
+
+async def test_answers_are_kept_for_a_week(tmp_path: Path) -> None:
+    """Rule 8: kept at least 24 h; afterwards the sweeper forgets them."""
+    async with market(tmp_path) as m:
+        await m.post(m.buyer, "/escrow", m.wish("2"), key="k")
+        for seconds, replayed in ((KEPT_SECONDS - 1, True), (2, False)):
+            m.escrow.clock.advance(seconds)
+            await m.escrow.ledger.sweep()
+            answer = await m.post(m.buyer, "/escrow", m.wish("2"), key="k")
+            assert ("idempotent-replayed" in answer.headers) is replayed
