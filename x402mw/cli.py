@@ -160,7 +160,8 @@ def _run(db: str, work: "Coroutine[None, None, Result]") -> Result:
             _fail(f"there is no database {file}")
         return asyncio.run(work)
     except (OSError, SQLAlchemyError) as error:
-        _fail(f"the database cannot be used: {error}")
+        reason = str(getattr(error, "orig", error)).partition("\n")[0]
+        _fail(f"the database cannot be used: {reason}")
     finally:
         work.close()
 

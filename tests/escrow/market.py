@@ -9,13 +9,14 @@ from typing import Any
 
 import httpx
 
-from tests.support.escrow import Agent, RunningEscrow, running_escrow
+from tests.support.escrow import Agent, EscrowProcess, running_escrow
 from x402mw.core import ids
 from x402mw.core.amounts import Atomic, to_atomic
 from x402mw.core.keys import public_key, secret_key
 from x402mw.core.strict import b64url_decode, b64url_encode
 from x402mw.core.tokens import KeySet, SessionToken, open_key_set, open_session_token
 from x402mw.core.vouchers import Voucher, network_id, sign_voucher
+from x402mw.escrow.settings import NETWORK
 
 SESSION_SEED, RECEIPT_SEED = b"s" * 32, b"r" * 32
 SESSION_KEY = b64url_encode(public_key(SESSION_SEED))
@@ -39,17 +40,18 @@ def make_voucher(
 
 @dataclass
 class Market:
-    """The parties, and the requests they send."""
+    """The parties, and the requests they send. The escrow runs here or in its own process."""
 
-    escrow: RunningEscrow
+    escrow: Any
     http: httpx.AsyncClient
     buyer: Agent
     provider: Agent
+    journal: str = JOURNAL
 
     @property
     def network(self) -> bytes:
         """The network id that vouchers are bound to."""
-        return network_id(self.escrow.settings.network, b64url_decode(self.escrow.root_key, 32))
+        return network_id(NETWORK, b64url_decode(self.escrow.root_key, 32))
 
     def voucher(self, escrow_id: str, cumulative: str, *, seed: bytes = SESSION_SEED) -> str:
         """A voucher of the buyer's session key."""
@@ -78,7 +80,7 @@ class Market:
             "to_agent_id": self.provider.agent_id,
             "amount": amount,
             "session_key": SESSION_KEY,
-            "journal": JOURNAL,
+            "journal": self.journal,
             **changes,
         }
 
@@ -92,7 +94,7 @@ class Market:
         self, *items: dict[str, Any], serial: int = 1, agent: Agent | None = None
     ) -> list[dict[str, Any]]:
         """Redeems as the provider and returns the verdicts."""
-        body = {"journal": JOURNAL, "serial": serial, "items": list(items)}
+        body = {"journal": self.journal, "serial": serial, "items": list(items)}
         answer = await self.post(agent or self.provider, "/redeem", body)
         assert answer.status_code == 200, answer.text
         return list(answer.json()["items"])
@@ -118,21 +120,38 @@ async def market(
     tmp_path: Path, *, balance: str = "100.00", **settings: Any
 ) -> AsyncIterator[Market]:
     """Runs an escrow with a funded buyer, a provider and its registered journal."""
-    async with (
-        running_escrow(tmp_path, **settings) as escrow,
-        httpx.AsyncClient(
-            base_url=f"{escrow.url}/api/v1",
-            timeout=30,
-            limits=httpx.Limits(max_connections=100),
-        ) as http,
-    ):
-        buyer = await escrow.new_agent("buyer", balance=balance)
-        provider = await escrow.new_agent("provider")
-        answer = await http.put(
-            f"/journals/{JOURNAL}", json={"receipt_key": RECEIPT_KEY}, headers=provider.headers
-        )
-        assert answer.status_code == 200, answer.text
-        yield Market(escrow, http, buyer, provider)
+    async with running_escrow(tmp_path, **settings) as escrow, _client(escrow.url) as http:
+        buyer, provider = await _register(http, "buyer"), await _register(http, "provider")
+        await escrow.deposit(buyer.agent_id, balance)
+        yield await _with_journal(Market(escrow, http, buyer, provider))
+
+
+@asynccontextmanager
+async def joined(process: EscrowProcess, *, balance: str = "100.00") -> AsyncIterator[Market]:
+    """The same at an escrow process."""
+    async with _client(process.url) as http:
+        buyer, provider = await _register(http, "buyer"), await _register(http, "provider")
+        process.deposit(buyer.agent_id, balance)
+        journal = "jr_" + secrets.token_hex(16)
+        yield await _with_journal(Market(process, http, buyer, provider, journal))
+
+
+def _client(url: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=100)
+    return httpx.AsyncClient(base_url=f"{url}/api/v1", timeout=30, limits=limits)
+
+
+async def _register(http: httpx.AsyncClient, name: str) -> Agent:
+    body = (await http.post("/agents", json={"name": name})).json()
+    return Agent(body["agent_id"], body["api_key"])
+
+
+async def _with_journal(m: Market) -> Market:
+    answer = await m.http.put(
+        f"/journals/{m.journal}", json={"receipt_key": RECEIPT_KEY}, headers=m.provider.headers
+    )
+    assert answer.status_code == 200, answer.text
+    return m
 
 
 def code_of(answer: httpx.Response) -> tuple[int, str]:
