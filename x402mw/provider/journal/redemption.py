@@ -129,17 +129,15 @@ def _reported(row: SessionRow, report: Report) -> SessionRow:
         released=max(row.released, report.released),
         claim_until=max(row.claim_until, report.claim_until),
         owed_since=None,
-        written_off=None,
     )
-    if not report.ended:
-        return row
-    # What is still owed by a session that ended can never be had.
-    return replace(
-        row,
-        account=move(row.account, SessionEvent.CLOSED),
-        ended=True,
-        written_off="ended" if row.account.charged > row.paid else None,
-    )
+    if row.account.charged <= row.paid:
+        row = replace(row, written_off=None)
+    elif report.ended:
+        # What is still owed by a session that ended can never be had.
+        row = replace(row, written_off=row.written_off or "ended")
+    if report.ended:
+        row = replace(row, account=move(row.account, SessionEvent.CLOSED), ended=True)
+    return row
 
 
 def apply_refusals(transaction: Transaction, refusals: Iterable[Refusal]) -> None:

@@ -152,7 +152,8 @@ class Writer:
         return done
 
     def _forget(self, transaction: Transaction) -> None:
-        if transaction.now >= self._forget_at:
+        # Also when the clock has gone back: it may have been wrong by years.
+        if not 0 < self._forget_at - transaction.now <= FORGET_SECONDS:
             more = forget(transaction)
             self._forget_at = transaction.now + (0 if more else FORGET_SECONDS)
 

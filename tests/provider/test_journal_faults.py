@@ -1,0 +1,186 @@
+"""The journal when something is broken: refuse, leave no trace, and never stop the event loop."""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.provider.journals import Clock, admit, admitted, claim, outcome
+from tests.support.payments import SESSION
+from x402mw.core.amounts import Atomic
+from x402mw.provider.journal import Admitted, Journal, JournalUnavailable, schema
+from x402mw.provider.journal.transaction import Transaction
+from x402mw.provider.journal.writer import Writer
+
+pytestmark = pytest.mark.anyio
+
+LAG_MAX_SECONDS = 0.15
+T = TypeVar("T")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Where the journal is."""
+    return str(tmp_path / "journal.db")
+
+
+@pytest.fixture
+def journal(path: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Journal]:
+    """An open journal that waits half a second for a lock."""
+    monkeypatch.setattr(schema, "BUSY_SECONDS", 0.5)
+    opened = Journal.open(path, clock=Clock())
+    yield opened
+    opened.close()
+
+
+async def watch_lag(work: Awaitable[T]) -> tuple[T | BaseException, float]:
+    """Awaits something, and measures for how long the event loop stood still meanwhile."""
+    task = asyncio.ensure_future(work)
+    longest, last = 0.0, time.perf_counter()
+    while not task.done():
+        await asyncio.wait({task}, timeout=0.005)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return task.exception() or task.result(), longest
+
+
+async def everything(journal: Journal, path: str) -> list[Any]:
+    """All rows of all tables that money depends on."""
+    await journal.account(SESSION)
+    connection = sqlite3.connect(path)
+    tables = ("totals", "sessions", "calls", "outcomes", "meters")
+    rows = [connection.execute(f"SELECT * FROM {table}").fetchall() for table in tables]
+    connection.close()
+    return rows
+
+
+def limit_pages(journal: Journal, more: int) -> None:
+    """Fills the disk, but for so many pages."""
+    (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
+    journal._connection.execute(f"PRAGMA max_page_count = {pages + more}")
+
+
+async def test_full_disk(journal: Journal, path: str) -> None:
+    """On a full disk nothing is admitted or settled, nothing is half written; later all goes on."""
+    call = await admitted(journal, claim(1))
+    before = await everything(journal, path)
+    limit_pages(journal, 0)
+    answers = await asyncio.gather(
+        journal.settle(call, used=0, outcome=outcome(bytes(16_000))),
+        *(admit(journal, claim(seq)) for seq in range(2, 300)),
+        return_exceptions=True,
+    )
+    assert any(isinstance(answer, JournalUnavailable) for answer in answers)
+    served = [answer for answer in answers if isinstance(answer, Admitted)]
+    assert journal.unredeemed == 1000 + 1000 * len(served)
+    if not served:
+        assert await everything(journal, path) == before
+    limit_pages(journal, 1000)
+    settled = await journal.settle(call, used=0, outcome=outcome(bytes(16_000)))
+    assert (settled.charge, settled.charged_total) == (1000, 1000)
+    assert await admit(journal, claim(1)) == outcome(bytes(16_000))
+
+
+async def test_locked_by_a_stranger(journal: Journal, path: str) -> None:
+    """While another program locks the file nothing is served, and the event loop goes on."""
+    before = await everything(journal, path)
+    stranger = sqlite3.connect(path, isolation_level=None)
+    stranger.execute("BEGIN IMMEDIATE")
+    answer, lag = await watch_lag(admit(journal, claim(1)))
+    assert isinstance(answer, JournalUnavailable)
+    assert lag < LAG_MAX_SECONDS
+    stranger.execute("ROLLBACK")
+    stranger.close()
+    assert await everything(journal, path) == before
+    await admitted(journal, claim(1))
+
+
+async def test_a_slow_disk_does_not_stop_the_loop(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a commit takes its time the event loop goes on, and what gathers is one batch."""
+    commit: Callable[[Writer, Transaction], None] = Writer._commit
+
+    def slowly(writer: Writer, transaction: Transaction) -> None:
+        time.sleep(0.3)
+        commit(writer, transaction)
+
+    monkeypatch.setattr(Writer, "_commit", slowly)
+    before = journal.serial
+    work = asyncio.gather(*(admitted(journal, claim(seq)) for seq in range(100)))
+    answer, lag = await watch_lag(work)
+    assert isinstance(answer, list)
+    assert lag < LAG_MAX_SECONDS
+    assert journal.serial - before <= 3
+
+
+async def test_one_bad_operation_hurts_no_other(journal: Journal) -> None:
+    """A batch with operations that fail, in code or at a check of the file, keeps all others."""
+
+    def wrong(transaction: Transaction) -> None:
+        transaction.put_session(_session(transaction, reserved=Atomic(5)))
+        raise ZeroDivisionError
+
+    def impossible(transaction: Transaction) -> None:
+        transaction.put_session(_session(transaction, charged=Atomic(10**15)))
+
+    await admitted(journal, claim(1))
+    good = [admitted(journal, claim(seq)) for seq in range(2, 50)]
+    bad = [journal._do(wrong), journal._do(impossible)]
+    answers = await asyncio.gather(*good[:20], *bad, *good[20:], return_exceptions=True)
+    failed = [answer for answer in answers if isinstance(answer, Exception)]
+    assert [type(error) for error in failed] == [ZeroDivisionError, sqlite3.IntegrityError]
+    account = await journal.account(SESSION)
+    assert account is not None
+    assert (account.charged, account.reserved) == (0, 49_000)
+    assert journal.unredeemed == 49_000
+
+
+def _session(transaction: Transaction, **changes: Atomic) -> Any:
+    row = transaction.session(SESSION)
+    assert row is not None
+    return replace(row, account=replace(row.account, **changes))
+
+
+async def test_waiting_operations_are_committed_by_close(path: str) -> None:
+    """`close` first commits whatever was asked before it."""
+    journal = Journal.open(path, clock=Clock())
+    waiting = [asyncio.ensure_future(admit(journal, claim(seq))) for seq in range(50)]
+    await asyncio.sleep(0)
+    journal.close()
+    assert all(isinstance(call, Admitted) for call in await asyncio.gather(*waiting))
+
+
+def test_a_loop_that_ended_harms_nobody(path: str) -> None:
+    """When an event loop is gone, what it asked is still committed and others are still served."""
+    journal = Journal.open(path, clock=Clock())
+
+    async def leave() -> None:
+        journal._writer.submit(lambda transaction: time.sleep(0.2))
+        task = asyncio.ensure_future(admit(journal, claim(1)))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(leave())
+
+    async def come() -> None:
+        call = await journal.lookup(SESSION, 1)
+        assert call is not None
+        await admitted(journal, claim(2))
+
+    asyncio.run(come())
+    journal.close()
+
+
+@pytest.mark.parametrize(("durability", "synchronous"), [("fsync", 2), ("process", 1)])
+def test_durability(path: str, durability: Any, synchronous: int) -> None:
+    """By default a commit is on the disk before it is acknowledged (SQLite FULL, in WAL mode)."""
+    journal = Journal.open(path, durability=durability)
+    assert journal._connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
+    assert journal._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    journal.close()

@@ -1,0 +1,149 @@
+"""What the journal forgets: nothing too early, nothing twice usable, never more than its cap."""
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.provider.journals import Clock, admit, admitted, claim, outcome, session_id
+from tests.support.payments import NOW, SESSION, TOKEN
+from x402mw.core.amounts import Atomic
+from x402mw.core.gate import CallState, Refused
+from x402mw.provider.journal import Journal, Report
+from x402mw.provider.journal.writer import FORGET_SECONDS
+
+pytestmark = pytest.mark.anyio
+
+EXPIRES = NOW + 300
+FORGET_AT = EXPIRES + 120 + 600
+DAY = 24 * 3600
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock at the tests' present."""
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Where the journal is."""
+    return str(tmp_path / "journal.db")
+
+
+@pytest.fixture
+def journal(path: str, clock: Clock) -> Iterator[Journal]:
+    """An open journal that keeps at most 2500 bytes of answers."""
+    opened = Journal.open(path, clock=clock, outcome_bytes_max=2500)
+    yield opened
+    opened.close()
+
+
+async def paid(journal: Journal, seq: int, body: bytes = b"answer") -> None:
+    """Admits and settles one call."""
+    await journal.settle(await admitted(journal, claim(seq)), used=0, outcome=outcome(body))
+
+
+async def bodies_kept(journal: Journal, seqs: range) -> list[int]:
+    """Which of these calls still have their answer."""
+    calls = [(seq, await journal.lookup(SESSION, seq)) for seq in seqs]
+    return [seq for seq, call in calls if call is not None and call.outcome is not None]
+
+
+async def test_oldest_answers_make_room(journal: Journal) -> None:
+    """Under the cap all answers are kept; above it the oldest go, and only their bodies."""
+    for seq in range(1, 6):
+        await paid(journal, seq, bytes(900))
+    assert await bodies_kept(journal, range(1, 6)) == [4, 5]
+    with pytest.raises(Refused) as refused:
+        await admit(journal, claim(1))
+    assert refused.value.reason == "outcome_gone"
+    assert refused.value.call is not None
+    assert refused.value.call.charge == 1000
+
+
+async def test_an_answer_above_the_cap_is_not_kept(journal: Journal) -> None:
+    """One answer larger than the whole cap leaves none, and the call is charged all the same."""
+    await paid(journal, 1, bytes(3000))
+    assert await bodies_kept(journal, range(1, 2)) == []
+
+
+async def test_calls_are_remembered_until_their_time(journal: Journal, clock: Clock) -> None:
+    """An answer is there until voucher expiry + 120 s + 600 s; then call and answer go together."""
+    await paid(journal, 1)
+    clock.now = FORGET_AT - 1
+    assert await admit(journal, claim(1)) == outcome()
+    clock.now = FORGET_AT + FORGET_SECONDS
+    assert await journal.lookup(SESSION, 1) is None
+
+
+async def test_many_calls_are_pruned_bit_by_bit(journal: Journal, clock: Clock, path: str) -> None:
+    """Pruning takes several transactions when much has aged, and leaves nothing behind."""
+    for seq in range(20):
+        await paid(journal, seq)
+    connection = sqlite3.connect(path)
+    copy = "INSERT INTO calls SELECT session, seq + ?, commitment, terms, amount, state, mark,"
+    copy += " mark_units, charge, used, forget_at FROM calls WHERE seq < 20"
+    for block in range(1, 60):
+        connection.execute(copy, (block * 100,))
+    connection.commit()
+    clock.now = FORGET_AT
+    for _ in range(3):
+        await journal.account(SESSION)
+    tables = ("calls", "outcomes")
+    left = [connection.execute(f"SELECT count(*) FROM {table}").fetchone() for table in tables]
+    assert left == [(0,), (0,)]
+    connection.close()
+
+
+async def test_a_forgotten_voucher_stays_unusable(journal: Journal, clock: Clock) -> None:
+    """A pruned call is not admitted again, not even when the clock has gone back since."""
+    await paid(journal, 1)
+    clock.now = FORGET_AT + 1
+    assert await journal.lookup(SESSION, 1) is None
+    clock.now = NOW
+    with pytest.raises(Refused) as refused:
+        await admit(journal, claim(1))
+    assert (refused.value.reason, refused.value.final) == ("voucher_expires", True)
+    await admitted(journal, claim(2, expires=(NOW + 301) * 1000))
+
+
+async def test_open_calls_are_never_pruned(journal: Journal, clock: Clock) -> None:
+    """A call that still runs is remembered however long it takes."""
+    call = await admitted(journal, claim(1))
+    clock.now = FORGET_AT + DAY
+    found = await journal.lookup(SESSION, 1)
+    assert found is not None
+    assert found.state is CallState.OPEN
+    assert (await journal.settle(call, used=0, outcome=None)).charge == 1000
+
+
+async def test_sessions_go_a_day_after_they_ended(journal: Journal, clock: Clock) -> None:
+    """A session is remembered while it lives at the escrow, and a day past its last claim."""
+    await paid(journal, 1)
+    clock.now = TOKEN.claim_until + 2 * DAY
+    assert await journal.account(SESSION) is not None
+    report = Report(SESSION, Atomic(1000), Atomic(1000), ended=True)
+    await journal.apply_verdicts([report])
+    clock.now += DAY
+    assert await journal.account(SESSION) is None
+    assert journal.unredeemed == 0
+
+
+async def test_grace_of_terms_survives_a_restart(path: str) -> None:
+    """Terms no longer offered are remembered with the time since when, across restarts."""
+    clock = Clock()
+    old, new, newer = (session_id(number) * 2 for number in (1, 2, 3))
+    journal = Journal.open(path, clock=clock)
+    assert await journal.keep_terms([old]) == {}
+    clock.now += 1000
+    assert await journal.keep_terms([new]) == {old: NOW + 1000}
+    journal.close()
+    clock.now += 100
+    journal = Journal.open(path, clock=clock)
+    assert await journal.keep_terms([new, newer]) == {old: NOW + 1000}
+    assert await journal.keep_terms([old, newer]) == {new: NOW + 1100}
+    clock.now += 400
+    assert await journal.keep_terms([newer]) == {old: NOW + 1500}
+    journal.close()
