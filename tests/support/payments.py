@@ -1,4 +1,4 @@
-"""A small world of keys, terms and signed payments for tests of the pure core; nothing is random."""
+"""A small world of keys, terms and signed payments for tests of the core; nothing is random."""
 
 import hashlib
 from dataclasses import dataclass, field, replace
