@@ -1,0 +1,144 @@
+"""The buyer's table: what an answer to a signed request means (`docs/protocol.md`, Buyer).
+
+Only `PAYMENT-RESPONSE` with our own seq is the provider's word. An answer without it decides
+nothing, and may be re-sent only where that can do no harm.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import httpx
+
+from x402mw.core import headers
+from x402mw.core.amounts import ZERO, Atomic, parse_atomic
+from x402mw.core.errors import AmountInvalid, Malformed
+from x402mw.core.messages import SettlementResponse
+from x402mw.core.strict import loads_object
+
+REASON_PREFIX = "invalid_batch_settlement_escrow_"
+RETRY_AFTER_MAX_SECONDS = 60.0
+
+
+class Verdict(Enum):
+    """What follows from an answer."""
+
+    SETTLED = "the charge is final; the answer goes to the caller"
+    OPEN = "the answer has begun; the charge is asked for later"
+    RUNNING = "the call runs: wait, then send the same bytes"
+    LATER = "refused for now: wait, then send the same bytes"
+    LOST = "nobody knows: send the same bytes, a few times"
+    SIGN_AGAIN = "refused: follow the fresh terms, with the same seq"
+    REJECTED = "refused for good: the answer goes to the caller"
+    OTHER_FORM = "another voucher was admitted for this seq"
+    GONE = "settled, but the answer is not kept or not for us"
+    REPLACED = "another journal answers for this provider now"
+    FOREIGN = "not our provider's word: to the caller, and never sent again"
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """The provider's account of our call, out of `PAYMENT-RESPONSE`."""
+
+    state: str
+    reason: str
+    final: bool
+    charge: Atomic
+    commitment: str
+    charged_total: Atomic | None = None
+    open_total: Atomic | None = None
+    voucher: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    verdict: Verdict
+    state: str | None = None
+    reason: str | None = None
+    statuses: tuple[int, ...] = ()
+
+    def fits(self, status: int, word: Word) -> bool:
+        return (
+            (self.state is None or self.state == word.state)
+            and (self.reason is None or self.reason == word.reason)
+            and (not self.statuses or status in self.statuses)
+        )
+
+
+# The first row that fits decides. A reason stands only beside a row of 409 or 410, or a refusal.
+_WITH_WORD: Final = (
+    _Row(Verdict.RUNNING, reason="running"),
+    _Row(Verdict.OTHER_FORM, reason="seq_used"),
+    _Row(Verdict.GONE, reason="outcome_gone"),
+    _Row(Verdict.GONE, reason="credentials"),
+    _Row(Verdict.REPLACED, reason="journal_replaced"),
+    _Row(Verdict.RUNNING, state="running"),
+    _Row(Verdict.OPEN, state="open"),
+    _Row(Verdict.SETTLED, state="settled"),
+    _Row(Verdict.LATER, state="refused", statuses=(429, 503)),
+    _Row(Verdict.SIGN_AGAIN, state="refused", statuses=(402,)),
+    _Row(Verdict.REJECTED, state="refused"),
+)
+LOST_STATUSES: Final = (402, 502, 503, 504)
+
+
+def classify(answer: httpx.Response | None, word: Word | None) -> Verdict:
+    """Reads the table; no answer at all is as lost as one that a proxy made up."""
+    if answer is None:
+        return Verdict.LOST
+    if word is None:
+        return Verdict.LOST if answer.status_code in LOST_STATUSES else Verdict.FOREIGN
+    return next(row.verdict for row in _WITH_WORD if row.fits(answer.status_code, word))
+
+
+def read_word(answer: httpx.Response | None, seq: int) -> Word | None:
+    """The provider's word on the call `seq`; None if there is none, or it is garbage."""
+    value = None if answer is None else answer.headers.get(headers.PAYMENT_RESPONSE)
+    if value is None:
+        return None
+    try:
+        said = headers.decode_header(SettlementResponse, value.encode(), headers.RESPONSE_BYTES_MAX)
+        extra = said.extra
+        if extra is None or extra.seq != str(seq):
+            return None
+        return Word(
+            state=extra.state,
+            reason=(said.error_reason or "").removeprefix(REASON_PREFIX),
+            final=extra.final,
+            charge=ZERO if said.amount is None else parse_atomic(said.amount),
+            commitment=said.transaction,
+            charged_total=_total(extra.charged_total),
+            open_total=_total(extra.open_total),
+            voucher=extra.voucher,
+        )
+    except (Malformed, AmountInvalid, UnicodeEncodeError):
+        return None
+
+
+def _total(text: str | None) -> Atomic | None:
+    return None if text is None else parse_atomic(text)
+
+
+def retry_after(answer: httpx.Response | None, otherwise: float) -> float:
+    """The seconds that an answer asks us to wait, within reason."""
+    text = "" if answer is None else answer.headers.get("Retry-After", "")
+    return min(float(text), RETRY_AFTER_MAX_SECONDS) if text.isdecimal() else otherwise
+
+
+def may_be_not_priced(answer: httpx.Response) -> bool:
+    """Whether the answer may say `not_priced`: short problem details, so worth reading."""
+    length = answer.headers.get("Content-Length", "")
+    return (
+        answer.status_code == httpx.codes.CONFLICT
+        and answer.headers.get("Content-Type") == "application/problem+json"
+        and length.isdecimal()
+        and int(length) <= headers.SIGNATURE_BYTES_MAX
+    )
+
+
+def says_not_priced(answer: httpx.Response) -> bool:
+    """Whether a problem document, now read, tells us to send the request without payment."""
+    try:
+        return loads_object(answer.content).get("code") == "not_priced"
+    except Malformed:
+        return False

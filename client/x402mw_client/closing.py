@@ -1,0 +1,185 @@
+"""What became of a call, and of a session: asking the provider's control path, and closing.
+
+A control request is an ordinary voucher for nothing, bound to its body (`docs/protocol.md`,
+Control); it works with an expired token and on a closed session.
+"""
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import httpx
+
+from x402mw.core.amounts import ZERO, display, parse_atomic
+from x402mw.core.errors import (
+    AmountInvalid,
+    EscrowRefused,
+    EscrowUnavailable,
+    Malformed,
+    TokenRefused,
+)
+from x402mw.core.strict import loads_object
+from x402mw.core.terms import control_terms, write_requirements
+from x402mw.core.tokens import open_receipt
+from x402mw_client import operations
+from x402mw_client.answers import Word, retry_after
+from x402mw_client.operations import EscrowRecord
+from x402mw_client.sessions import Call, Offer, Session, State, Subject
+from x402mw_client.state import WalletState
+from x402mw_client.steps import Ask, Control, Sleep, Story
+
+log = logging.getLogger("x402mw.client")
+
+CLOSE_SECONDS = 5.0
+DOUBTS_AT_ONCE = 16
+LIVE = ("locked", "partially_released")
+
+
+def control(wallet: WalletState, session: Session, body: dict[str, Any]) -> Story[httpx.Response]:
+    """Asks the session's provider something on its control path."""
+    terms = control_terms(session.offer.terms)
+    accepts = write_requirements(terms, escrow=wallet.escrow, suggested_deposit=ZERO)
+    raw = json.dumps(body).encode()
+    url = session.origin + terms.control
+    subject = Subject("POST", session.origin, terms.control, hashlib.sha256(raw).digest(), url)
+    signature = wallet.purse.sign_control(session, Offer(terms, accepts), subject)
+    answer: httpx.Response = yield Control(url, raw, signature)
+    return answer
+
+
+def resolve_doubts(wallet: WalletState, now: float) -> Story[int]:
+    """Asks providers about calls nobody waits for any more; returns how many became certain."""
+    sessions = list(wallet.purse.sessions.values())
+    doubts = [call for session in sessions for call in session.doubts()]
+    known = 0
+    for call in doubts[:DOUBTS_AT_ONCE]:
+        known += yield from resolve(wallet, call, now)
+    return known
+
+
+def resolve(wallet: WalletState, call: Call, now: float) -> Story[bool]:
+    """Asks what became of one call; tells whether that is certain now.
+
+    A call that is still unknown is freed only when no form of it can be admitted any more *and*
+    somebody answered: silence proves nothing.
+    """
+    try:
+        answer = yield from control(wallet, call.session, {"op": "receipt", "seq": str(call.seq)})
+    except httpx.TransportError:
+        return False
+    word = _read_receipt_word(answer, call.seq)
+    if word is not None and word.final:
+        wallet.purse.settle(call, word.charge, word)
+        return True
+    missing = word.state == "refused" if word else answer.status_code == httpx.codes.NOT_FOUND
+    if missing and call.dead(now):
+        wallet.purse.free(call)
+        return True
+    return False
+
+
+def _read_receipt_word(answer: httpx.Response, seq: int) -> Word | None:
+    """Reads the answer to control op `receipt` about one call."""
+    if answer.status_code != httpx.codes.OK:
+        return None
+    try:
+        content = loads_object(answer.content)
+        call = content["seq"]
+        return Word(
+            state=str(call["state"]),
+            reason="",
+            final=call["final"] is True,
+            charge=parse_atomic(call["charge"]),
+            commitment="",
+            charged_total=parse_atomic(content["charged"]),
+            open_total=parse_atomic(content["open"]),
+        )
+    except (Malformed, AmountInvalid, KeyError, TypeError):
+        return None
+
+
+def close_all(wallet: WalletState) -> Story[None]:
+    """Closes every session of the wallet: at its provider, else at the escrow."""
+    for session in list(wallet.purse.sessions.values()):
+        if session.state is not State.CLOSED:
+            yield from close_session(wallet, session)
+
+
+def close_session(wallet: WalletState, session: Session) -> Story[None]:
+    """Closes a session so that its rest returns: by the provider at once, else by the escrow."""
+    if session.state is State.OPEN:
+        wallet.purse.end(session)
+    charged = yield from _close_at_provider(wallet, session)
+    if charged is not None:
+        wallet.purse.close(session, charged)
+        log.info("closed session %s: paid %s in all", session.name, display(charged))
+        return
+    try:
+        yield Ask(operations.close(session.id))
+    except EscrowRefused as error:
+        log.info("session %s was not closed: %s", session.name, error.reason)
+    except EscrowUnavailable:
+        log.warning("session %s is still open: neither side could be reached", session.name)
+        return
+    # Its holds stay counted: the provider may still redeem what we signed.
+    wallet.purse.close(session, None)
+
+
+def _close_at_provider(wallet: WalletState, session: Session) -> Story[int | None]:
+    """Asks the provider to close, for a few seconds; returns the signed final charge."""
+    deadline = wallet.clock() + CLOSE_SECONDS
+    while True:
+        try:
+            answer = yield from control(wallet, session, {"op": "close"})
+        except httpx.TransportError:
+            return None
+        if answer.status_code == httpx.codes.OK:
+            return _final_charge(wallet, session, answer)
+        pause = retry_after(answer, 1.0)
+        if answer.status_code != httpx.codes.ACCEPTED or wallet.clock() + pause > deadline:
+            return None
+        yield Sleep(pause)
+
+
+def _final_charge(wallet: WalletState, session: Session, answer: httpx.Response) -> int | None:
+    """Checks the provider's final receipt: signed by its receipt key, and within what we signed."""
+    token = session.opened_token()
+    try:
+        receipt = open_receipt(loads_object(answer.content).get("receipt", ""), token.receipt_key)
+    except (Malformed, TokenRefused, AttributeError, TypeError) as error:
+        log.warning("session %s: the final receipt is not valid: %s", session.name, error)
+        return None
+    found = (receipt.session, receipt.pay_to, receipt.journal, receipt.final)
+    if found != (session.id, token.pay_to, token.journal, True):
+        log.error("session %s: the final receipt is about something else", session.name)
+        return None
+    if not session.charged <= receipt.charged <= session.spent:
+        log.error("session %s: the final receipt does not fit our account", session.name)
+        wallet.purse.differ(session)
+        return None
+    return receipt.charged
+
+
+def close_lost(wallet: WalletState) -> Story[int]:
+    """Closes open sessions whose keys this wallet does not have; returns how many."""
+    after, closed = None, 0
+    while True:
+        page = yield Ask(operations.list_escrows(role="buyer", after=after))
+        for record in page.items:
+            if record.session_key is not None and record.status in LIVE:
+                closed += yield from _close_lost(wallet, record)
+        after = page.next
+        if after is None:
+            return closed
+
+
+def _close_lost(wallet: WalletState, record: EscrowRecord) -> Story[bool]:
+    if record.session in wallet.purse.sessions:
+        return False
+    try:
+        yield Ask(operations.close(record.session))
+    except EscrowRefused:
+        return False
+    log.info("closed a lost session of %s", display(record.deposit))
+    return True

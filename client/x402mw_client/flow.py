@@ -1,0 +1,360 @@
+"""The pay-and-retry story, told once for async and sync transports.
+
+    terms unknown:  probe -> 402 -> session -> sign -> send -> follow the answer
+    terms known:                    session -> sign -> send -> follow the answer
+
+`answers` says what an answer means; `Payment` does what follows from it. Until a call's charge is
+certain its amount stays held, and every further voucher for it keeps its seq, so it can never be
+paid twice (`docs/protocol.md`, Buyer).
+"""
+
+from typing import Final, Protocol
+
+import httpx
+
+from x402mw.core.errors import (
+    AccountsDiffer,
+    BodyNotReplayable,
+    LimitExceeded,
+    PaidOutcomeGone,
+    PaymentOutcomeUnknown,
+    PaymentRefused,
+)
+from x402mw.core.vouchers import BIND_REQUEST
+from x402mw_client import answers
+from x402mw_client.answers import Verdict, Word, classify, read_word, retry_after
+from x402mw_client.closing import resolve_doubts
+from x402mw_client.escrow import check_secure
+from x402mw_client.offers import choose, names_escrow, read_accepts
+from x402mw_client.purse import Stale, paid
+from x402mw_client.sessions import Call, Form, Offer, Session
+from x402mw_client.state import WalletState
+from x402mw_client.steps import Outgoing, Read, Send, Sleep, Story, Wait
+from x402mw_client.upkeep import funded_session, renew_token, trust
+
+PROBE_SECONDS = 1.0
+TURN_SECONDS = 60.0
+PAUSE_MIN_SECONDS = 0.05
+RESEND_PAUSES: Final = (0.05, 0.25, 1.0)
+SIGNINGS_MAX = 4
+"""The first signing and three more."""
+STALE_MAX = 8
+
+PAYMENT = "x402mw_payment"
+"""The key of `response.extensions` under which the caller finds its `Paid`."""
+
+# Nothing of the request has left when one of these is raised.
+NOT_SENT: Final = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.UnsupportedProtocol,
+)
+TOKEN_REASONS: Final = ("token", "token_expired", "token_retired")
+RENEWABLE: Final = ("session_closing", "voucher_expires")
+"""Final refusals of these bytes after which the call may still be paid by others."""
+
+
+def fetch(wallet: WalletState, request: Outgoing) -> Story[httpx.Response]:
+    """Sends a request of the caller, and pays for it if that is asked and allowed."""
+    if not request.payable:
+        answer: httpx.Response = yield Send(None)
+        return answer
+    found: Offer | httpx.Response | None = wallet.offers.find(request)
+    if found is None:
+        found = yield from probe(wallet, request)
+    if isinstance(found, httpx.Response):
+        return found
+    return (yield from Payment(wallet, request, found).run())
+
+
+def probe(wallet: WalletState, request: Outgoing) -> Story[Offer | httpx.Response]:
+    """Sends a request unpaid, unless another's probe teaches us its price first."""
+    yield Wait(lambda: wallet.offers.find(request) or wallet.gate.enter(request), PROBE_SECONDS)
+    known = wallet.offers.find(request)
+    if known is not None:
+        return known
+    answered = False
+    try:
+        answer: httpx.Response = yield Send(None)
+        answered = True
+        # The gate opens only after the offer is learnt, so that the others can pay ahead.
+        offer = yield from learn(wallet, request, answer)
+    finally:
+        wallet.gate.leave(request, answered=answered)
+        wallet.signal.notify()
+    return answer if offer is None else offer
+
+
+def learn(wallet: WalletState, request: Outgoing, answer: httpx.Response) -> Story[Offer | None]:
+    """Reads a 402 and remembers the offer that is ours to pay, if there is one."""
+    ours = [entry for entry in read_accepts(answer) if names_escrow(entry, wallet.escrows)]
+    if not ours:
+        return None
+    yield from trust(wallet)
+    offer = choose(ours, request, wallet.network, wallet.network_id)
+    if offer is not None:
+        wallet.offers.learn(request.origin, offer)
+    return offer
+
+
+class Payment:
+    """One logical request on its way. `lost` tells that some sending of it had no answer."""
+
+    def __init__(self, wallet: WalletState, request: Outgoing, offer: Offer) -> None:
+        self.wallet = wallet
+        self.request = request
+        self.offer = offer
+        self.call: Call | None = None
+        self.form: Form | None = None
+        self.signings = self.resends = 0
+        self.slept = 0.0
+        self.lost = False
+
+    def run(self) -> Story[httpx.Response]:
+        """Signs and sends until an answer can go to the caller, or raises what became of it."""
+        try:
+            while True:
+                self._check_request()
+                if self.call is None or self.form is None:
+                    self.call, self.form = yield from self._sign()
+                answer = yield from self._send(self.call, self.form)
+                word = read_word(answer, self.call.seq)
+                verdict = classify(answer, word)
+                done = yield from self._follow(verdict, self.call, answer, word)
+                if done is not None:
+                    return done
+        finally:
+            if self.call is not None:
+                self.wallet.purse.leave(self.call)
+
+    def resume(self) -> Story[httpx.Response]:
+        """Takes up a payment whose outcome was unknown: the same bytes, never a second charge."""
+        self.signings = self.resends = 0
+        self.slept = 0.0
+        if self.call is not None:
+            self.call.in_flight = True
+        return (yield from self.run())
+
+    def _check_request(self) -> None:
+        check_secure(self.request.request.url)
+        if not self.request.replayable and self.offer.terms.binding < BIND_REQUEST:
+            raise BodyNotReplayable(
+                f"the body of this request is longer than {self.wallet.buffer_limit} bytes and"
+                " cannot be sent twice, but the route binds bodies; pass it as bytes"
+            )
+
+    # Signing.
+
+    def _sign(self) -> Story[tuple[Call, Form]]:
+        if self.signings == SIGNINGS_MAX:
+            raise self._unknown("the provider refused every form of the payment")
+        self.signings += 1
+        for _ in range(STALE_MAX):
+            try:
+                held = 0 if self.call is None else self.call.hold
+                session = yield from funded_session(
+                    self.wallet, self.request.origin, self.offer, held
+                )
+                return (yield from self._sign_in(session))
+            except Stale:
+                continue
+            except LimitExceeded:
+                # A limit may only seem reached: calls may be held whose charge can be asked for.
+                if not (yield from resolve_doubts(self.wallet, self.wallet.clock())):
+                    raise
+        raise LimitExceeded("session", "no session could take this call")
+
+    def _sign_in(self, session: Session) -> Story[tuple[Call, Form]]:
+        if self.call is not None and self.call.session is not session:
+            raise self._unknown("the session of this payment takes no more calls")
+        subject, purse = self.request.subject, self.wallet.purse
+        signed = purse.sign(session, self.offer, subject, self.call)
+        if signed is None:
+            yield from resolve_doubts(self.wallet, self.wallet.clock())
+            signed = yield Wait(
+                lambda: purse.sign(session, self.offer, subject, self.call), TURN_SECONDS
+            )
+        if signed is None:
+            raise LimitExceeded("max_open", "too much was open with this provider for too long")
+        return signed[0], signed[1]
+
+    # Sending, and what follows.
+
+    def _send(self, call: Call, form: Form) -> Story[httpx.Response | None]:
+        """Sends one form; None if the answer was lost."""
+        call.sendings += 1
+        try:
+            answer: httpx.Response = yield Send(self.wallet.purse.header(call.session, form))
+        except NOT_SENT:
+            if call.sendings > 1:
+                return None
+            self.wallet.purse.free(call)
+            raise
+        except httpx.TransportError:
+            return None
+        return answer
+
+    def _follow(
+        self, verdict: Verdict, call: Call, answer: httpx.Response | None, word: Word | None
+    ) -> Story[httpx.Response | None]:
+        """Does what the table says; returns the answer once it may go to the caller."""
+        if answer is None or verdict is Verdict.LOST:
+            yield from self._send_again(answer)
+            return None
+        if word is None:
+            return (yield from self._foreign(call, answer))
+        if verdict in (Verdict.SETTLED, Verdict.OPEN, Verdict.REJECTED):
+            return self._deliver(verdict, call, answer, word)
+        yield from self._go_on(verdict, call, answer, word)
+        return None
+
+    def _deliver(
+        self, verdict: Verdict, call: Call, answer: httpx.Response, word: Word
+    ) -> httpx.Response:
+        if verdict is Verdict.SETTLED:
+            self.wallet.purse.settle(call, word.charge, word)
+            answer.extensions[PAYMENT] = paid(call, min(word.charge, call.hold))
+        elif verdict is Verdict.OPEN:
+            answer.extensions[PAYMENT] = paid(call, None)
+        else:
+            self.wallet.purse.free(call)
+        return answer
+
+    def _go_on(
+        self, verdict: Verdict, call: Call, answer: httpx.Response, word: Word
+    ) -> Story[None]:
+        match verdict:
+            case Verdict.RUNNING:
+                yield from self._wait(answer, self.offer.terms.timeout_seconds)
+            case Verdict.LATER:
+                yield from self._wait(answer, self.request.patience)
+            case Verdict.SIGN_AGAIN:
+                yield from self._refused(call, answer, word)
+            case Verdict.REPLACED:
+                yield from self._move(call)
+            case Verdict.OTHER_FORM:
+                self._take_form(call, word)
+            case Verdict.GONE:
+                raise self._gone(call, word)
+
+    def _send_again(self, answer: httpx.Response | None) -> Story[None]:
+        self.lost = True
+        if self.resends == len(RESEND_PAUSES) or not self.request.replayable:
+            raise self._unknown("the answer to the payment was lost")
+        pause = RESEND_PAUSES[self.resends]
+        self.resends += 1
+        yield Sleep(max(pause, retry_after(answer, 0)))
+
+    def _foreign(self, call: Call, answer: httpx.Response) -> Story[httpx.Response]:
+        """An answer without the provider's word stands, and the amount stays held."""
+        if self.lost or not answers.may_be_not_priced(answer) or not self.request.replayable:
+            return answer
+        yield Read(answer)
+        if not answers.says_not_priced(answer):
+            return answer
+        self.wallet.purse.free(call)
+        self.wallet.offers.forget(self.request.origin, self.offer)
+        unpaid: httpx.Response = yield Send(None)
+        return unpaid
+
+    def _wait(self, answer: httpx.Response, most: float) -> Story[None]:
+        """Waits as long as the provider asks; the same bytes are sent next."""
+        pause = max(PAUSE_MIN_SECONDS, retry_after(answer, 1.0))
+        self.slept += pause
+        if self.slept > most or not self.request.replayable:
+            raise self._unknown("the provider has not answered in time; it may still do the work")
+        yield Sleep(pause)
+
+    def _take_form(self, call: Call, word: Word) -> None:
+        """The provider admitted another form of this call: one of ours, or we cannot go on."""
+        form = call.form_of(word.commitment)
+        if form is None or form is self.form:
+            self.wallet.purse.differ(call.session)
+            raise AccountsDiffer("the provider says it admitted a voucher that was never signed")
+        self.form = form
+
+    def _gone(self, call: Call, word: Word) -> PaidOutcomeGone | PaymentRefused:
+        self.wallet.purse.settle(call, word.charge, word)
+        if word.charge == 0:
+            # The call ended without a charge and will never run again; the caller may ask anew.
+            return PaymentRefused("the call was given up by the provider", reason=word.reason)
+        return PaidOutcomeGone(
+            "the call was paid, but its answer is not kept", charge=min(word.charge, call.hold)
+        )
+
+    def _refused(self, call: Call, answer: httpx.Response, word: Word) -> Story[None]:
+        """Follows the fresh terms of a 402, with the same seq."""
+        fresh = yield from learn(self.wallet, self.request, answer)
+        self.offer = fresh or self.offer
+        if self.offer.terms.journal != call.session.offer.terms.journal:
+            yield from self._move(call)
+        elif word.final and word.reason not in RENEWABLE:
+            self.wallet.purse.free(call)
+            raise PaymentRefused(f"the provider refused: {word.reason}", reason=word.reason)
+        elif word.reason == "session_closing":
+            self.wallet.purse.end(call.session)
+            self._start_over(call)
+        elif word.reason == "cover":
+            self.wallet.purse.adopt(call.session, word)
+        elif word.reason in TOKEN_REASONS:
+            yield from renew_token(self.wallet, call.session, urgent=True)
+        self.form = None
+
+    def _move(self, call: Call) -> Story[None]:
+        """Another journal answers now. Only what was never lost may be asked of it anew."""
+        self.wallet.purse.end(call.session)
+        if self.lost:
+            raise self._unknown("the provider's book was replaced while the answer was lost")
+        self._start_over(call)
+        if self.offer.terms.journal == call.session.offer.terms.journal:
+            self.wallet.offers.forget(self.request.origin, self.offer)
+            answer = yield Send(None)
+            fresh = yield from learn(self.wallet, self.request, answer)
+            if fresh is None:
+                raise PaymentRefused("the provider's book was replaced", reason="journal_replaced")
+            self.offer = fresh
+
+    def _start_over(self, call: Call) -> None:
+        """Lets another session pay: these bytes can never be admitted."""
+        self.wallet.purse.free(call)
+        self.call = self.form = None
+
+    def _unknown(self, message: str) -> PaymentOutcomeUnknown:
+        return PaymentOutcomeUnknown(
+            f"{message}; the call may still be executed and charged, once",
+            handle=PaymentHandle(self),
+        )
+
+
+class AsyncResumer(Protocol):
+    """What resumes payments in async code: `PaymentTransport`."""
+
+    async def resume(self, payment: Payment) -> httpx.Response:
+        """Carries the payment on."""
+
+
+class SyncResumer(Protocol):
+    """What resumes payments in plain code: `SyncPaymentTransport`."""
+
+    def resume(self, payment: Payment) -> httpx.Response:
+        """Carries the payment on."""
+
+
+class PaymentHandle:
+    """Resumes a payment whose outcome is unknown: the same bytes, so it is never charged twice."""
+
+    def __init__(self, payment: Payment) -> None:
+        self._payment = payment
+
+    def __repr__(self) -> str:
+        subject = self._payment.request.subject
+        return f"PaymentHandle({subject.method} {subject.url})"
+
+    async def resume(self, transport: AsyncResumer) -> httpx.Response:
+        """Asks again and returns the answer, its body read; raises as the call itself would."""
+        return await transport.resume(self._payment)
+
+    def resume_sync(self, transport: SyncResumer) -> httpx.Response:
+        """The same for plain code."""
+        return transport.resume(self._payment)

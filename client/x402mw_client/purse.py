@@ -1,0 +1,369 @@
+"""What a wallet may spend, has spent and holds: every decision about money on the buyer's side.
+
+1. Nothing is signed before its amount is held in every limit; a refused call is held in none.
+2. One lock guards all of it, for threads and event loops alike; nothing is awaited inside.
+3. The file, if there is one, has the raised total before the voucher exists outside this module.
+"""
+
+import logging
+import secrets
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from x402mw.core import headers
+from x402mw.core.amounts import Atomic, display, to_atomic
+from x402mw.core.errors import (
+    AccountsDiffer,
+    LimitExceeded,
+    LocalError,
+    Malformed,
+)
+from x402mw.core.keys import public_key
+from x402mw.core.messages import EscrowPayload, PaymentPayload
+from x402mw.core.vouchers import (
+    BIND_BODY,
+    BIND_REQUEST,
+    NO_BODY_HASH,
+    BoundRequest,
+    Voucher,
+    hash_request,
+    parse_voucher,
+    sign_voucher,
+    verify_voucher,
+)
+from x402mw_client.answers import Word
+from x402mw_client.memory import Memory
+from x402mw_client.operations import EscrowRecord
+from x402mw_client.sessions import Call, Form, Offer, Session, State, Subject, differs
+from x402mw_client.waiting import Signal
+
+log = logging.getLogger("x402mw.client")
+
+EXPIRES_MS = 300_000
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a wallet may spend, in display units such as "0.01"; None is no limit of that kind.
+
+    `per_request` and `total` bound charges and open calls; `session` bounds one session;
+    `max_open` bounds what one provider may have signed and not yet accounted for (default: half of
+    what the session was opened with).
+    """
+
+    per_request: str
+    total: str
+    session: str | None = None
+    max_open: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """`Limits` in atomic units."""
+
+    per_request: Atomic
+    total: Atomic
+    session: Atomic | None
+    max_open: Atomic | None
+
+    @classmethod
+    def of(cls, limits: Limits) -> "Bounds":
+        """Reads limits, or raises `AmountInvalid`."""
+        return cls(
+            to_atomic(limits.per_request),
+            to_atomic(limits.total),
+            None if limits.session is None else to_atomic(limits.session),
+            None if limits.max_open is None else to_atomic(limits.max_open),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Paid:
+    """What one call cost. `charge` is None while the figure is not final; amounts are atomic."""
+
+    url: str
+    session: str
+    seq: int
+    amount: int
+    charge: int | None
+
+
+class Stale(Exception):
+    """The session cannot take this call as it stands: look for cover, or for another session."""
+
+
+class Purse:
+    """The money side of a wallet."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        memory: Memory,
+        clock: Callable[[], float],
+        on_payment: Callable[[Paid], None] | None = None,
+    ) -> None:
+        self.bounds = Bounds.of(limits)
+        self.memory = memory
+        self.clock = clock
+        self.on_payment = on_payment
+        self.signal = Signal()
+        self.lock = threading.RLock()
+        self.sessions: dict[bytes, Session] = {}
+
+    # Looking.
+
+    def spent(self) -> int:
+        """What all sessions ever have cost, at worst: charges and holds."""
+        return sum(session.spent for session in self.sessions.values())
+
+    def usable(self, key: tuple[str, str, bytes]) -> Session | None:
+        """The session that may pay for new calls, if there is one."""
+        with self.lock:
+            for session in reversed(list(self.sessions.values())):
+                if session.key == key and session.state is State.DIFFERS:
+                    raise _accounts_differ(session)
+                if session.key == key and session.takes_calls(self.clock()):
+                    return session
+        return None
+
+    def check(self, amount: int, more: int, session: Session | None = None) -> None:
+        """Raises `LimitExceeded` if a call of `amount`, holding `more` than now, breaks a limit."""
+        bounds = self.bounds
+        if amount > bounds.per_request:
+            raise _exceeded("per_request", bounds.per_request, amount)
+        if self.spent() + more > bounds.total:
+            raise _exceeded("total", bounds.total, amount)
+        spent = 0 if session is None else session.spent
+        if bounds.session is not None and spent + more > bounds.session:
+            raise _exceeded("session", bounds.session, amount)
+
+    def max_open(self, session: Session) -> int:
+        """How much of a session may be open at once."""
+        if self.bounds.max_open is not None:
+            return self.bounds.max_open
+        return session.target // 2
+
+    # Signing.
+
+    def sign(
+        self, session: Session, offer: Offer, subject: Subject, call: Call | None
+    ) -> tuple[Call, Form] | None:
+        """Holds and signs a call, or one more form of `call`; None means that it waits its turn.
+
+        Raises `LimitExceeded`, `AccountsDiffer`, or `Stale` when cover or another session is due.
+        """
+        with self.lock:
+            held = 0 if call is None else call.hold
+            more = max(0, offer.terms.amount - held)
+            self.check(offer.terms.amount, more, session)
+            if session.state is State.DIFFERS:
+                raise _accounts_differ(session)
+            if not session.takes_calls(self.clock()) or more > session.rest:
+                raise Stale
+            if session.held > held and session.held + more > self.max_open(session):
+                return None
+            return self._hold(session, offer, subject, call)
+
+    def _hold(
+        self, session: Session, offer: Offer, subject: Subject, call: Call | None
+    ) -> tuple[Call, Form]:
+        call, new = call or Call(session, _new_seq(session), subject.url), call is None
+        session.hold(call, offer.terms.amount)
+        # Headroom of calls that came cheaper is used up before the total is raised.
+        session.cumulative = Atomic(max(session.cumulative, session.spent))
+        form = self._form(session, offer, subject, call.seq)
+        call.expires = max(call.expires, form.expires)
+        try:
+            self.memory.save(session, opened=call)
+        except sqlite3.Error as error:
+            if new:
+                session.drop(call)
+            raise LocalError(f"the wallet file cannot be written: {error}") from None
+        call.forms.append(form)
+        return call, form
+
+    def sign_control(self, session: Session, offer: Offer, subject: Subject) -> str:
+        """Signs a control request: a voucher for nothing, under the total as it stands."""
+        with self.lock:
+            return self.header(session, self._form(session, offer, subject, _new_seq(session)))
+
+    def _form(self, session: Session, offer: Offer, subject: Subject, seq: int) -> Form:
+        terms = offer.terms
+        expires = int(self.clock() * 1000) + EXPIRES_MS
+        bound = BoundRequest(
+            binding=BIND_REQUEST if subject.body_hash is None else BIND_BODY,
+            method=subject.method,
+            origin=subject.origin,
+            target=subject.target,
+            body_hash=subject.body_hash or NO_BODY_HASH,
+            amount=terms.amount,
+            expires=expires,
+            terms_id=terms.id,
+        )
+        voucher = Voucher(
+            terms.network_id, session.id, seq, session.cumulative, hash_request(bound)
+        )
+        return Form(sign_voucher(voucher, session.secret), offer, bound.binding, expires)
+
+    def header(self, session: Session, form: Form) -> str:
+        """Writes `PAYMENT-SIGNATURE`, with the newest token: it is not part of what is signed."""
+        payment = PaymentPayload(
+            x402_version=2,
+            payload=EscrowPayload(
+                voucher=form.signed.wire,
+                token=session.token,
+                expires=form.expires,
+                binding=form.binding,
+            ),
+            accepted=form.offer.accepts,
+        )
+        return headers.encode_header(payment)
+
+    # Learning what became of it.
+
+    def settle(self, call: Call, charge: int, word: Word | None = None) -> None:
+        """Books what a call cost, once; compares the provider's total when nothing is open."""
+        session = call.session
+        with self.lock:
+            if not session.drop(call):
+                return
+            booked = Atomic(min(charge, call.hold))
+            session.charged = Atomic(session.charged + booked)
+            if word is not None:
+                _note_totals(session, word)
+            if charge > call.hold or (word is not None and differs(session)):
+                self._differ(session)
+            self.memory.save(session, dropped=[call])
+        log.info("paid %s for %s (session %s)", display(booked), call.url, session.name)
+        self.signal.notify()
+        if self.on_payment is not None:
+            self.on_payment(paid(call, booked))
+
+    def free(self, call: Call) -> None:
+        """Gives up the hold of a call that can never be charged."""
+        with self.lock:
+            if call.session.drop(call):
+                self.memory.save(call.session, dropped=[call])
+        self.signal.notify()
+
+    def leave(self, call: Call) -> None:
+        """Notes that nobody waits for this call; it stays held until its charge is known."""
+        call.in_flight = False
+        self.signal.notify()
+
+    def adopt(self, session: Session, word: Word) -> None:
+        """Takes over a corrective 402 if it proves that our memory was lost, else stops signing.
+
+        The proof is a voucher under our own key, above the highest we remember: only we can have
+        signed it. Nothing a provider merely says ever raises what we sign.
+        """
+        with self.lock:
+            if not _proves_loss(session, word):
+                self._differ(session)
+                self.memory.save(session)
+                raise _accounts_differ(session)
+            cumulative = parse_voucher(word.voucher or "").voucher.cumulative
+            log.warning("session %s: our memory was behind; adopted our own voucher", session.name)
+            more = (word.open_total or 0) - session.unattributed
+            session.cumulative, session.charged = cumulative, word.charged_total or session.charged
+            session.unattributed = Atomic(session.unattributed + more)
+            session.held = Atomic(session.held + more)
+            session.total_seen = session.charged
+            self.memory.save(session)
+
+    def keep(self, session: Session) -> None:
+        """Remembers a session as it stands now."""
+        with self.lock:
+            self.sessions[session.id] = session
+            self.memory.save(session)
+        self.signal.notify()
+
+    def renew(self, session: Session, record: EscrowRecord) -> None:
+        """Takes over what the escrow says of an open session: it only ever grows."""
+        with self.lock:
+            session.token = record.token or session.token
+            session.deposit = max(session.deposit, record.deposit)
+            session.expires_at = max(session.expires_at, record.expires_at)
+        self.keep(session)
+
+    def end(self, session: Session) -> None:
+        """Signs no new calls in a session; what is open still settles."""
+        if session.state is State.OPEN:
+            session.state = State.ENDED
+        self.keep(session)
+
+    def close(self, session: Session, charged: int | None) -> None:
+        """Closes the books of a session; `charged` is the provider's signed final figure."""
+        with self.lock:
+            calls: Iterable[Call] = ()
+            if charged is not None:
+                calls = list(session.calls.values())
+                session.calls.clear()
+                session.held = session.unattributed = Atomic(0)
+                session.charged = session.total_seen = Atomic(charged)
+            session.state = State.CLOSED
+            self.memory.save(session, dropped=calls)
+        self.signal.notify()
+
+    def differ(self, session: Session) -> None:
+        """Stops signing in a session whose two accounts do not agree."""
+        self._differ(session)
+        self.keep(session)
+
+    def _differ(self, session: Session) -> None:
+        session.state = State.DIFFERS
+        log.error("session %s: the provider's account is not ours; not signing", session.name)
+
+
+def paid(call: Call, charge: int | None) -> Paid:
+    """What the caller is told of a call."""
+    return Paid(call.url, call.session.name, call.seq, call.hold, charge)
+
+
+def _new_seq(session: Session) -> int:
+    # 63 random bits: nobody can guess or burn the identity of a call to come.
+    seq = secrets.randbits(63)
+    return _new_seq(session) if seq in session.calls else seq
+
+
+def _note_totals(session: Session, word: Word) -> None:
+    """Takes in the totals of a settled answer."""
+    session.total_seen = max(session.total_seen, word.charged_total or session.charged)
+    if session.unattributed and not session.calls and word.open_total == 0:
+        # What we had forgotten is settled now: its charge is what our own sum lacks.
+        lacking = min(max(0, session.total_seen - session.charged), session.unattributed)
+        session.charged = Atomic(session.charged + lacking)
+        session.held = Atomic(session.held - session.unattributed)
+        session.unattributed = Atomic(0)
+
+
+def _proves_loss(session: Session, word: Word) -> bool:
+    try:
+        signed = parse_voucher(word.voucher or "")
+    except Malformed:
+        return False
+    voucher, charged, opened = signed.voucher, word.charged_total, word.open_total
+    return (
+        charged is not None
+        and opened is not None
+        and voucher.session == session.id
+        and voucher.network == session.offer.terms.network_id
+        and session.cumulative < voucher.cumulative <= session.deposit
+        and session.charged <= charged
+        and charged + opened <= voucher.cumulative
+        and verify_voucher(signed, public_key(session.seed))
+    )
+
+
+def _exceeded(limit: str, bound: int, amount: int) -> LimitExceeded:
+    return LimitExceeded(
+        limit, f"a call of up to {display(amount)} would break the limit {limit} = {display(bound)}"
+    )
+
+
+def _accounts_differ(session: Session) -> AccountsDiffer:
+    return AccountsDiffer(
+        f"the provider's account of {session.name} is not ours: nothing more is signed in it"
+    )

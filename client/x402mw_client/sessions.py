@@ -1,0 +1,192 @@
+"""What a buyer remembers of its sessions, and the arithmetic on it. No I/O and no clock.
+
+1. `charged + held <= cumulative <= deposit`: what is signed never exceeds what is locked.
+2. A signed call is *held* at the largest of its forms until its charge is known for certain.
+3. One logical request has one seq; every form signed for it keeps that seq.
+4. Nothing falls but `held`; a charge never exceeds what the call held.
+"""
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from x402mw.core import ids
+from x402mw.core.amounts import ZERO, Atomic
+from x402mw.core.keys import secret_key
+from x402mw.core.terms import Terms
+from x402mw.core.tokens import SessionToken, peek_session_token
+from x402mw.core.vouchers import SignedVoucher
+
+SKEW_MS = 120_000
+"""A provider may admit a voucher this long after its `expires`."""
+LAST_SECONDS = 600
+"""A session takes no new calls this long before it ends at the escrow."""
+RENEW_SECONDS = 180
+"""A token is renewed this long before it expires."""
+
+
+class State(StrEnum):
+    """Where a session stands for its buyer.
+
+    `ended` takes no new calls; `differs` is signed for no more, the two accounts do not agree.
+    """
+
+    OPEN = "open"
+    ENDED = "ended"
+    DIFFERS = "differs"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Terms that a provider offered, and its very words for them."""
+
+    terms: Terms
+    accepts: dict[str, Any]
+    suggested: Atomic = ZERO
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The request that a signature is for; `body_hash` None leaves the body unbound."""
+
+    method: str
+    origin: str
+    target: str
+    body_hash: bytes | None
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One signed voucher for a call. `expires` is in milliseconds."""
+
+    signed: SignedVoucher
+    offer: Offer
+    binding: int
+    expires: int
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A signed call whose charge is not known yet. `hold` is the largest amount of its forms.
+
+    `url` has no query, which may hold secrets. `in_flight`: somebody waits for its answer.
+    """
+
+    session: "Session"
+    seq: int
+    url: str
+    hold: Atomic = ZERO
+    expires: int = 0
+    forms: list[Form] = field(default_factory=list)
+    sendings: int = 0
+    in_flight: bool = True
+
+    def form_of(self, commitment: str) -> Form | None:
+        """The form with this commitment id, if we ever signed it."""
+        return next((form for form in self.forms if form.signed.commitment_id == commitment), None)
+
+    def dead(self, now: float) -> bool:
+        """Whether no provider may admit any form of this call any more."""
+        return now * 1000 > self.expires + SKEW_MS
+
+
+@dataclass(eq=False)
+class Session:
+    """A funded relation with one provider, reached at one origin. Amounts are atomic units.
+
+    `target` is what a top-up fills the rest up to.
+    `held` is the sum of the holds of `calls` plus `unattributed`: what the provider reported open
+    when we had lost our memory. `total_seen` is the largest `chargedTotal` of any settled answer.
+    """
+
+    id: bytes
+    origin: str
+    offer: Offer
+    seed: bytes = field(repr=False)
+    token: str = field(repr=False)
+    target: Atomic
+    deposit: Atomic
+    expires_at: int
+    cumulative: Atomic = ZERO
+    charged: Atomic = ZERO
+    held: Atomic = ZERO
+    unattributed: Atomic = ZERO
+    total_seen: Atomic = ZERO
+    state: State = State.OPEN
+    calls: dict[int, Call] = field(default_factory=dict)
+    topup_after: float = 0.0
+
+    @cached_property
+    def secret(self) -> bytes:
+        """The 64-byte signing key of this session."""
+        return secret_key(self.seed)
+
+    @property
+    def name(self) -> str:
+        """The session's id as it is written."""
+        return ids.format_id(ids.ESCROW, self.id)
+
+    @property
+    def key(self) -> tuple[str, str, bytes]:
+        """What calls it may pay for."""
+        return session_key(self.origin, self.offer.terms)
+
+    @property
+    def spent(self) -> int:
+        """What this session has cost, at worst."""
+        return self.charged + self.held
+
+    @property
+    def rest(self) -> int:
+        """What of the deposit is neither charged nor held."""
+        return self.deposit - self.spent
+
+    def opened_token(self) -> SessionToken:
+        """What the current token says."""
+        return peek_session_token(self.token)
+
+    def takes_calls(self, now: float) -> bool:
+        """Whether a new call may be signed in this session."""
+        return self.state is State.OPEN and now < self.expires_at - LAST_SECONDS
+
+    def hold(self, call: Call, amount: int) -> None:
+        """Raises what a call holds to `amount`."""
+        more = max(0, amount - call.hold)
+        call.hold = Atomic(call.hold + more)
+        self.held = Atomic(self.held + more)
+        self.calls[call.seq] = call
+
+    def drop(self, call: Call) -> bool:
+        """Frees what a call holds; tells whether it was still held."""
+        if self.calls.pop(call.seq, None) is None:
+            return False
+        self.held = Atomic(self.held - call.hold)
+        return True
+
+    def doubts(self) -> list[Call]:
+        """Calls that nobody is waiting on and whose charge is unknown."""
+        return [call for call in self.calls.values() if not call.in_flight]
+
+
+def session_key(origin: str, terms: Terms) -> tuple[str, str, bytes]:
+    """A session serves one provider's journal, at the one origin where it was offered."""
+    return origin, terms.pay_to, terms.journal
+
+
+def deposit_target(amount: int, suggested: int, least: int, most: int) -> Atomic:
+    """What to lock for calls of `amount`: a hundred of them, or what the provider suggests."""
+    return Atomic(min(max(least, suggested, 100 * amount), most))
+
+
+def differs(session: Session) -> bool:
+    """The largest-total rule: with nothing open, the provider's total must be our sum."""
+    return session.held == 0 and session.total_seen != session.charged
+
+
+def as_text(offer: Offer) -> str:
+    """Writes an offer for the wallet's file."""
+    return json.dumps(offer.accepts, separators=(",", ":"))

@@ -1,0 +1,99 @@
+"""All that the stories work on: one wallet's settings, its purse, and what it has learnt."""
+
+from collections.abc import Callable, Iterable
+
+from x402mw.core.amounts import ZERO, Atomic, parse_atomic, to_atomic
+from x402mw.core.errors import ConfigurationError, TokenRefused
+from x402mw.core.keys import PUBLIC_KEY_BYTES, check_public_key
+from x402mw.core.strict import b64url_decode, b64url_encode
+from x402mw.core.tokens import open_key_set
+from x402mw.core.vouchers import network_id
+from x402mw_client.memory import Memory
+from x402mw_client.offers import LearntOffers, ProbeGate, normal_url, read_offer
+from x402mw_client.operations import EscrowKeys
+from x402mw_client.purse import Limits, Paid, Purse
+from x402mw_client.waiting import Sections
+
+BUFFER_BYTES = 1024 * 1024
+RAM_SESSION_SECONDS = 3600
+"""What only RAM remembers is lost with the process, so its money must come home soon."""
+
+
+class WalletState:
+    """One wallet's settings, purse and knowledge. `network_id` is empty until the escrow is known.
+
+    The escrow's root key is pinned on first use, or given as `escrow_root`; from then on nothing
+    signed by another key, whoever sends it, is believed.
+    """
+
+    def __init__(
+        self,
+        *,
+        escrow: str,
+        limits: Limits,
+        deposit: str,
+        memory: Memory,
+        clock: Callable[[], float],
+        escrow_root: str | None = None,
+        aliases: Iterable[str] = (),
+        buffer_limit: int = BUFFER_BYTES,
+        on_payment: Callable[[Paid], None] | None = None,
+    ) -> None:
+        self.escrow = normal_url(escrow)
+        self.escrows = frozenset({self.escrow, *map(normal_url, aliases)})
+        self.deposit = to_atomic(deposit)
+        self.buffer_limit = buffer_limit
+        self.memory = memory
+        self.clock = clock
+        self.purse = Purse(limits, memory, clock, on_payment)
+        self.signal = self.purse.signal
+        self.sections = Sections(self.signal)
+        self.offers = LearntOffers()
+        self.gate = ProbeGate()
+        self.network, self.network_id, self.min_escrow = "", b"", ZERO
+        self._root = None if escrow_root is None else _read_key(escrow_root)
+        self._recall()
+
+    @property
+    def session_seconds(self) -> int | None:
+        """How long new sessions live; None leaves it to the escrow."""
+        return RAM_SESSION_SECONDS if self.memory.path is None else None
+
+    def pin(self, keys: EscrowKeys) -> None:
+        """Believes the configured escrow's key set, now and ever after under the same root key."""
+        root = self._root or check_public_key(keys.root_key)
+        if keys.root_key != root:
+            raise TokenRefused("the escrow shows another root key than the one that is pinned")
+        key_set = open_key_set(keys.key_set, root)
+        if self.network not in ("", key_set.network):
+            raise TokenRefused("the escrow's network is not the one that is pinned")
+        for name, value in (
+            ("escrow", self.escrow),
+            ("root", b64url_encode(root)),
+            ("network", key_set.network),
+            ("min_escrow", str(key_set.min_escrow)),
+        ):
+            self.memory.set(name, value)
+        self._believe(root, key_set.network, key_set.min_escrow)
+
+    def _believe(self, root: bytes, network: str, min_escrow: Atomic) -> None:
+        self._root, self.network, self.min_escrow = root, network, min_escrow
+        self.network_id = network_id(network, root)
+
+    def _recall(self) -> None:
+        """Takes up what the file remembers of earlier processes."""
+        known = self.memory.settings
+        if "network" not in known:
+            return
+        root = _read_key(known["root"])
+        if known["escrow"] not in self.escrows or self._root not in (None, root):
+            raise ConfigurationError("this wallet file belongs to another escrow")
+        self._believe(root, known["network"], parse_atomic(known["min_escrow"]))
+        for session in self.memory.load(
+            lambda accepts: read_offer(accepts, self.network, self.network_id)
+        ):
+            self.purse.sessions[session.id] = session
+
+
+def _read_key(text: str) -> bytes:
+    return check_public_key(b64url_decode(text, PUBLIC_KEY_BYTES))

@@ -1,0 +1,115 @@
+"""The steps that the pay-and-retry story is told in, and the request that it is about.
+
+A story is a generator of steps; `drive` carries each out and sends its result back in. Five kinds
+reach outside: `Send` and `Control` to the provider (`Read` completes an answer of it), `Ask` to the
+escrow, `Sleep`, and `Wait` for a condition of the wallet, with which single-flight sections and the
+probe gate are built as well.
+"""
+
+import hashlib
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+
+from x402mw_client.operations import Operation
+from x402mw_client.sessions import Subject
+
+PATIENCE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send the caller's request, with a payment header or without; the result is the answer."""
+
+    signature: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """POST to a provider's control path; the result is the answer with its body read."""
+
+    url: str
+    body: bytes
+    signature: str
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Read the (short) body of an answer."""
+
+    answer: httpx.Response
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Be done with an answer, so that its connection can be used again (`drive.tidy`)."""
+
+    answer: httpx.Response
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Carry out an operation at the escrow."""
+
+    operation: Operation[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Let time pass."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wait until `condition` returns something; the result is that, or None when time is up."""
+
+    condition: Callable[[], Any]
+    seconds: float
+
+
+Step = Send | Control | Read | Discard | Ask | Sleep | Wait
+T = TypeVar("T")
+Story = Generator[Step, Any, T]
+
+
+@dataclass(eq=False)
+class Outgoing:
+    """The caller's request, as the story sees it.
+
+    `content` is its body if that can be sent again; else `stream` is the body, for one sending.
+    """
+
+    request: httpx.Request
+    content: bytes | None
+    stream: AsyncIterator[bytes] | Iterator[bytes] | None = None
+    payable: bool = True
+
+    def __post_init__(self) -> None:
+        url = self.request.url
+        self.method = self.request.method
+        self.origin = origin_of(url)
+        self.path = url.path
+        self.target = url.raw_path.decode("ascii").removesuffix("?")
+        body_hash = None if self.content is None else hashlib.sha256(self.content).digest()
+        url_without_query = f"{self.origin}{url.path}"
+        self.subject = Subject(self.method, self.origin, self.target, body_hash, url_without_query)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the request can be sent more than once."""
+        return self.content is not None
+
+    @property
+    def patience(self) -> float:
+        """How long (seconds) the caller would wait for an answer to begin."""
+        given = self.request.extensions.get("timeout", {}).get("read")
+        return PATIENCE_SECONDS if given is None else float(given)
+
+
+def origin_of(url: httpx.URL) -> str:
+    """`scheme://host[:port]`, lower case, IDNA, without a default port."""
+    return f"{url.scheme}://{url.netloc.decode('ascii').lower()}"

@@ -1,0 +1,106 @@
+"""The transports that pay: put one into an `httpx` client, and priced requests are paid for."""
+
+import httpx
+
+from x402mw_client.closing import close_all
+from x402mw_client.drive import AsyncDriver, SyncDriver, read_request, read_request_async
+from x402mw_client.flow import Payment, fetch
+from x402mw_client.steps import origin_of
+from x402mw_client.wallet import Wallet
+
+_ORIGIN = "x402mw_origin"
+
+
+def _may_pay(request: httpx.Request) -> bool:
+    """Whether a request is the caller's own: a redirect to another origin is never paid for.
+
+    httpx copies `extensions` to the requests that follow a redirect, so the first origin stays.
+    """
+    origin = origin_of(request.url)
+    first = request.extensions.setdefault(_ORIGIN, origin)
+    return bool(first == origin) and "PAYMENT-SIGNATURE" not in request.headers
+
+
+class PaymentTransport(httpx.AsyncBaseTransport):
+    """An httpx transport that pays from a wallet; `inner` sends the bytes.
+
+    `httpx.AsyncClient(transport=PaymentTransport(wallet))`. When it is closed it closes the
+    wallet's sessions, so that their rest returns, unless `keep_sessions`. `inner` must not retry by
+    itself. The cost of a call is in `response.extensions["x402mw_payment"]`.
+    """
+
+    def __init__(
+        self,
+        wallet: Wallet,
+        inner: httpx.AsyncBaseTransport | None = None,
+        *,
+        keep_sessions: bool = False,
+    ) -> None:
+        self._wallet = wallet
+        self._inner = inner or httpx.AsyncHTTPTransport()
+        self._escrow = wallet.async_escrow()
+        self._driver = AsyncDriver(self._inner, self._escrow, wallet.state.signal)
+        self._keep_sessions = keep_sessions
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Sends a request and pays for it if need be; raises the errors of `x402mw_client`."""
+        if not _may_pay(request):
+            return await self._inner.handle_async_request(request)
+        outgoing = await read_request_async(request, self._wallet.state.buffer_limit)
+        return await self._driver.run(fetch(self._wallet.state, outgoing), outgoing)
+
+    async def resume(self, payment: Payment) -> httpx.Response:
+        """Carries on a payment whose outcome was unknown (`PaymentHandle.resume`)."""
+        answer = await self._driver.run(payment.resume(), payment.request)
+        answer.request = payment.request.request
+        await answer.aread()
+        return answer
+
+    async def aclose(self) -> None:
+        """Closes the wallet's sessions and all connections."""
+        try:
+            if not self._keep_sessions:
+                await self._driver.run(close_all(self._wallet.state))
+        finally:
+            await self._inner.aclose()
+            await self._escrow.aclose()
+
+
+class SyncPaymentTransport(httpx.BaseTransport):
+    """The same for `httpx.Client`."""
+
+    def __init__(
+        self,
+        wallet: Wallet,
+        inner: httpx.BaseTransport | None = None,
+        *,
+        keep_sessions: bool = False,
+    ) -> None:
+        self._wallet = wallet
+        self._inner = inner or httpx.HTTPTransport()
+        self._escrow = wallet.sync_escrow()
+        self._driver = SyncDriver(self._inner, self._escrow, wallet.state.signal)
+        self._keep_sessions = keep_sessions
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Sends a request and pays for it if need be; raises the errors of `x402mw_client`."""
+        if not _may_pay(request):
+            return self._inner.handle_request(request)
+        outgoing = read_request(request, self._wallet.state.buffer_limit)
+        return self._driver.run(fetch(self._wallet.state, outgoing), outgoing)
+
+    def resume(self, payment: Payment) -> httpx.Response:
+        """Carries on a payment whose outcome was unknown (`PaymentHandle.resume_sync`)."""
+        answer = self._driver.run(payment.resume(), payment.request)
+        answer.request = payment.request.request
+        answer.read()
+        return answer
+
+    def close(self) -> None:
+        """Closes the wallet's sessions and all connections."""
+        try:
+            if not self._keep_sessions:
+                self._driver.run(close_all(self._wallet.state))
+        finally:
+            self._inner.close()
+            self._escrow.close_connections()

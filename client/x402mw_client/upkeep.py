@@ -1,0 +1,220 @@
+"""The stories behind a payment: trust the escrow, open a session, keep it funded and fresh.
+
+Each is a generator of steps (`steps`), so that it is told once for async and sync callers. What
+many callers need at once is done by one of them, alone in a section; the others wait for it.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from x402mw.core.amounts import Atomic, display, to_atomic
+from x402mw.core.errors import (
+    AmountInvalid,
+    EscrowRefused,
+    EscrowUnavailable,
+    LimitExceeded,
+    TokenRefused,
+)
+from x402mw.core.keys import public_key
+from x402mw.core.tokens import peek_session_token
+from x402mw_client import operations
+from x402mw_client.operations import EscrowRecord
+from x402mw_client.sessions import (
+    RENEW_SECONDS,
+    Offer,
+    Session,
+    State,
+    deposit_target,
+    session_key,
+)
+from x402mw_client.state import WalletState
+from x402mw_client.steps import Ask, Story, Wait
+from x402mw_client.waiting import ENTERED
+
+log = logging.getLogger("x402mw.client")
+
+SECTION_SECONDS = 60.0
+TOPUP_PAUSE_SECONDS = 60.0
+
+
+def alone(wallet: WalletState, name: object, until: Callable[[], Any]) -> Story[Any]:
+    """Waits until this caller is inside the section (`ENTERED`), or `until` returns something."""
+    ticket = wallet.sections.ticket()
+    found = yield Wait(lambda: until() or wallet.sections.enter(name, ticket), SECTION_SECONDS)
+    if found is None:
+        raise EscrowUnavailable("the escrow did not answer another call of this wallet in time")
+    return found
+
+
+def trust(wallet: WalletState) -> Story[None]:
+    """Learns and pins the escrow's network and root key, once."""
+    found = yield from alone(wallet, "trust", lambda: wallet.network_id)
+    if found is ENTERED:
+        with wallet.sections.leaving("trust"):
+            keys = yield Ask(operations.keys())
+            wallet.pin(keys)
+
+
+# A session that can take the next call.
+
+
+def funded_session(wallet: WalletState, origin: str, offer: Offer, held: int) -> Story[Session]:
+    """Finds or opens a session for an offer, with a fresh token and cover for one more call.
+
+    `held` is what the call holds already. Policy comes first: what the limits refuse locks nothing.
+    """
+    key, amount = session_key(origin, offer.terms), offer.terms.amount
+    session = wallet.purse.usable(key)
+    if session is None:
+        wallet.purse.check(amount, amount)
+        _target(wallet, offer)
+        session = yield from alone(wallet, ("open", key), lambda: wallet.purse.usable(key))
+        if session is ENTERED:
+            with wallet.sections.leaving(("open", key)):
+                session = yield from _open(wallet, origin, offer)
+    yield from _fresh_token(wallet, session)
+    yield from _cover(wallet, session, offer, max(0, amount - held))
+    return session
+
+
+def _target(wallet: WalletState, offer: Offer) -> Atomic:
+    amount = offer.terms.amount
+    target = deposit_target(amount, offer.suggested, wallet.min_escrow, wallet.deposit)
+    if target < max(amount, wallet.min_escrow):
+        raise LimitExceeded(
+            "deposit",
+            f"the wallet's deposit of {display(wallet.deposit)} does not cover a call of up to"
+            f" {display(amount)}",
+        )
+    return target
+
+
+def _open(wallet: WalletState, origin: str, offer: Offer) -> Story[Session]:
+    target, seed = _target(wallet, offer), os.urandom(32)
+    least = max(offer.terms.amount, wallet.min_escrow)
+    try:
+        record = yield _opening(wallet, offer, seed, target)
+    except EscrowRefused as error:
+        # A smaller deposit is better than none, if it covers a call at all.
+        balance = _balance(error)
+        if not least <= balance < target:
+            raise
+        record = yield _opening(wallet, offer, seed, balance)
+    session = _opened(record, origin, offer, seed, target)
+    wallet.purse.keep(session)
+    log.info("opened session %s with %s", session.name, display(session.deposit))
+    return session
+
+
+def _opening(wallet: WalletState, offer: Offer, seed: bytes, amount: Atomic) -> Ask:
+    terms = offer.terms
+    return Ask(
+        operations.open_session(
+            terms.pay_to,
+            amount,
+            session_key=public_key(seed),
+            journal=terms.journal,
+            expires_in_seconds=wallet.session_seconds,
+        )
+    )
+
+
+def _balance(refusal: EscrowRefused) -> Atomic:
+    try:
+        return to_atomic(refusal.problem.get("balance"))
+    except AmountInvalid:
+        return Atomic(0)
+
+
+def _opened(
+    record: EscrowRecord, origin: str, offer: Offer, seed: bytes, target: Atomic
+) -> Session:
+    terms = offer.terms
+    token = peek_session_token(record.token or "")
+    found = (token.session, token.pay_to, token.journal, token.session_key)
+    if found != (record.session, terms.pay_to, terms.journal, public_key(seed)):
+        raise TokenRefused("the escrow's token is not for the session that was asked for")
+    return Session(
+        id=record.session,
+        origin=origin,
+        offer=offer,
+        seed=seed,
+        token=record.token or "",
+        target=target,
+        deposit=record.deposit,
+        expires_at=record.expires_at,
+    )
+
+
+def _enter(
+    wallet: WalletState, name: object, done: Callable[[], Any], *, urgent: bool
+) -> Story[bool]:
+    """Tells whether this caller shall do it: who is not in a hurry never waits for another."""
+    if urgent:
+        return (yield from alone(wallet, name, done)) is ENTERED
+    return wallet.sections.enter(name, wallet.sections.ticket()) is ENTERED
+
+
+def _fresh_token(wallet: WalletState, session: Session) -> Story[None]:
+    """Renews the token near its end; others wait for that only once it has ended."""
+    expires = session.opened_token().exp
+    if wallet.clock() >= expires - RENEW_SECONDS:
+        yield from renew_token(wallet, session, urgent=wallet.clock() >= expires)
+
+
+def renew_token(wallet: WalletState, session: Session, *, urgent: bool) -> Story[None]:
+    """Asks for a new token; unless it is `urgent`, a failure can wait for the next call."""
+    name, old = ("token", session.id), session.token
+
+    def done() -> bool:
+        return session.token != old or session.state is not State.OPEN
+
+    if not (yield from _enter(wallet, name, done, urgent=urgent)):
+        return
+    try:
+        with wallet.sections.leaving(name):
+            record = yield Ask(operations.renew_token(session.id))
+            wallet.purse.renew(session, record)
+    except EscrowRefused as error:
+        log.info("session %s takes no new calls: %s", session.name, error.reason)
+        wallet.purse.end(session)
+    except EscrowUnavailable:
+        if urgent:
+            raise
+
+
+def _cover(wallet: WalletState, session: Session, offer: Offer, more: int) -> Story[None]:
+    """Tops the session up to its target when its rest runs low; a call that fits does not wait."""
+    urgent = session.rest < more
+    low = session.rest < session.target // 10 and wallet.clock() >= session.topup_after
+    if not (urgent or low):
+        return
+    if urgent:
+        wallet.purse.check(offer.terms.amount, more, session)
+    name = ("topup", session.id)
+    if not (yield from _enter(wallet, name, lambda: session.rest >= more, urgent=urgent)):
+        return
+    session.topup_after = wallet.clock() + TOPUP_PAUSE_SECONDS
+    try:
+        with wallet.sections.leaving(name):
+            session.target = max(session.target, _target(wallet, offer))
+            yield from _top_up(wallet, session, Atomic(session.target - session.rest), more)
+    except (EscrowRefused, EscrowUnavailable) as error:
+        log.info("session %s was not topped up: %s", session.name, error)
+        if urgent:
+            raise
+
+
+def _top_up(wallet: WalletState, session: Session, amount: Atomic, more: int) -> Story[None]:
+    try:
+        record = yield Ask(operations.topup(session.id, amount))
+    except EscrowRefused as error:
+        balance = _balance(error)
+        if not more - session.rest <= balance < amount or balance == 0:
+            raise
+        record = yield Ask(operations.topup(session.id, balance))
+    wallet.purse.renew(session, record)
+    session.topup_after = 0.0
+    log.info("topped up session %s to %s", session.name, display(session.deposit))
