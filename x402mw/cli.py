@@ -115,7 +115,7 @@ def check(db: Database = DATABASE) -> None:
     """Prove a whole database: balances, fees, every escrow, the hash chain."""
     from x402mw.escrow.books import audit
 
-    violations = _run(db, audit(db))
+    violations = _run(db, lambda: audit(db))
     for violation in violations:
         typer.echo(violation)
     if violations:
@@ -145,10 +145,10 @@ def _with_ledger(db: str, use: "Callable[[Ledger], Awaitable[Result]]") -> Resul
         finally:
             await ledger.close()
 
-    return _run(db, run())
+    return _run(db, run)
 
 
-def _run(db: str, work: "Coroutine[None, None, Result]") -> Result:
+def _run(db: str, work: Callable[[], Coroutine[None, None, Result]]) -> Result:
     """Runs work on an existing database; what the database objects to is one line."""
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -158,12 +158,10 @@ def _run(db: str, work: "Coroutine[None, None, Result]") -> Result:
     try:
         if file is not None and not file.exists():
             _fail(f"there is no database {file}")
-        return asyncio.run(work)
+        return asyncio.run(work())
     except (OSError, SQLAlchemyError) as error:
         reason = str(getattr(error, "orig", error)).partition("\n")[0]
         _fail(f"the database cannot be used: {reason}")
-    finally:
-        work.close()
 
 
 def _root_seed(db: str, *, may_create: bool) -> bytes:

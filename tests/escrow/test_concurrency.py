@@ -1,13 +1,15 @@
 """Many at once over real sockets: the money of one session is never promised twice."""
 
 import asyncio
+import sqlite3
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from tests.escrow.market import JOURNAL, joined, market
+from tests.escrow.market import JOURNAL, code_of, joined, market
 from tests.support.escrow import escrow_process
+from x402mw.escrow import database
 
 pytestmark = pytest.mark.anyio
 
@@ -45,6 +47,24 @@ async def test_a_balance_is_not_locked_twice(tmp_path: Path) -> None:
         )
         assert sorted(answer.status_code for answer in answers) == [201] * 10 + [409] * 20
         assert await m.balance(m.buyer) == "0.00"
+
+
+async def test_a_locked_database_is_a_503_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Failures: while the books cannot be written the answer is 503; afterwards it works."""
+    monkeypatch.setattr(database, "BUSY_MILLISECONDS", 50)
+    async with market(tmp_path) as m:
+        stranger = sqlite3.connect(tmp_path / "escrow.db", isolation_level=None)
+        stranger.execute("BEGIN IMMEDIATE")
+        answer = await m.post(m.buyer, "/escrow", m.wish(), key="k")
+        assert code_of(answer) == (503, "unavailable")
+        assert "retry-after" in answer.headers
+        assert "date" in answer.headers
+        assert await m.balance(m.buyer) == "100.00"
+        stranger.execute("ROLLBACK")
+        stranger.close()
+        assert (await m.post(m.buyer, "/escrow", m.wish(), key="k")).status_code == 201
 
 
 async def test_two_processes_share_one_set_of_books(tmp_path: Path) -> None:
