@@ -68,6 +68,7 @@ class Market:
     provider: processes.Party
     escrow_url: str
     provider_url: str
+    api_key: str
     buyer: AsyncEscrow
     seller: AsyncEscrow
     wallet: Wallet
@@ -177,7 +178,7 @@ async def refused_call(market: Market) -> str:
     trips = market.counter.round_trips
     tight = Wallet(
         escrow=market.escrow_url,
-        api_key=market.wallet.api_key,
+        api_key=market.api_key,
         limits=Limits(per_request="0.0005", total="1.00"),
     )
     transport = PaymentTransport(tight, inner=market.counter)
@@ -244,6 +245,7 @@ async def open_market(folder: Path) -> Market:
         provider=provider,
         escrow_url=escrow_url,
         provider_url=f"http://127.0.0.1:{port}",
+        api_key=buyer_account["api_key"],
         buyer=buyer,
         seller=AsyncEscrow(escrow_url, settings["X402MW_API_KEY"]),
         wallet=wallet,
@@ -281,7 +283,7 @@ async def close_books(market: Market) -> Books:
     before = await market.seller.me()
     charged = market.wallet.spent
     await market.wallet.aclose()
-    sessions = [one async for one in market.buyer.list(role="buyer")]
+    sessions = (await market.buyer.list(role="buyer")).items
     unfinished = [one for one in sessions if one.remaining]
     require(not unfinished, f"{len(unfinished)} sessions still hold money")
     after = await market.seller.me()
@@ -355,7 +357,7 @@ async def stay(console: Console, market: Market) -> None:
     console.print(
         f"\nStill running. Escrow {market.escrow_url}, provider {market.provider_url}.\n"
         f"  curl -i {market.provider_url}/quote/BTC\n"
-        f"  export X402MW_ESCROW={market.escrow_url} X402MW_API_KEY={market.wallet.api_key}\n"
+        f"  export X402MW_ESCROW={market.escrow_url} X402MW_API_KEY={market.api_key}\n"
         "Stop with Ctrl-C.",
         markup=False,
         highlight=False,
