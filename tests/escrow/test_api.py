@@ -82,7 +82,7 @@ async def test_a_session_lives_from_lock_to_close(tmp_path: Path) -> None:
 
 
 async def test_a_renewed_token_tells_the_newest_figures(tmp_path: Path) -> None:
-    """Design 3.1: a token carries deposit and released as they are; claim_until only grows."""
+    """Keys: a token carries deposit and released as they are; claim_until only grows."""
     async with market(tmp_path) as m:
         escrow = await m.open()
         name = escrow["escrow_id"]
@@ -237,7 +237,7 @@ async def test_a_provider_close_checks_its_voucher(tmp_path: Path) -> None:
 
 
 async def test_a_journal_has_one_owner_and_one_key(tmp_path: Path) -> None:
-    """Binding 4: the same registration again is 200, another key or owner is 409."""
+    """Contract: the same registration again is 200, another key or owner is 409."""
     async with market(tmp_path) as m:
         other_key = b64url_encode(public_key(b"q" * 32))
         for agent, key, status in (
@@ -304,7 +304,7 @@ async def test_changes_tell_what_happened_in_order(tmp_path: Path) -> None:
 
 
 async def test_a_restored_journal_learns_it(tmp_path: Path) -> None:
-    """Binding 2: the escrow keeps the highest write serial it was shown and tells it."""
+    """Contract: the escrow keeps the highest write serial it was shown and tells it."""
     async with market(tmp_path) as m:
         shown = []
         for serial in (5, 9, 3, 9):
@@ -316,7 +316,7 @@ async def test_a_restored_journal_learns_it(tmp_path: Path) -> None:
 
 
 async def test_rotation_keeps_old_tokens_readable(tmp_path: Path) -> None:
-    """Design 3.1: rotating the signing key raises the serial; old keys stay, marked retired."""
+    """Keys: rotating the signing key raises the serial; old keys stay, marked retired."""
     async with market(tmp_path) as m:
         old = (await m.open())["token"]
         await m.escrow.ledger.rotate_keys()

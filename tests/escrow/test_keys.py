@@ -13,7 +13,7 @@ SEED = bytes(range(32))
 
 
 def test_a_root_key_is_made_once_and_only_for_its_owner(tmp_path: Path) -> None:
-    """Design 3.1: the root key is a file of mode 0600 that is read again at every start."""
+    """Keys: the root key is a file of mode 0600 that is read again at every start."""
     path = tmp_path / "escrow.db.rootkey"
     seed = load_root_seed(path, None, may_create=True)
     assert path.stat().st_mode & 0o777 == 0o600
@@ -31,7 +31,7 @@ def test_a_root_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_environment_may_hold_the_root_key(tmp_path: Path) -> None:
-    """Design 3.1: an environment variable (base64url) replaces the file."""
+    """Keys: an environment variable (base64url) replaces the file."""
     path = tmp_path / "rootkey"
     assert load_root_seed(path, b64url_encode(SEED), may_create=True) == SEED
     assert not path.exists()

@@ -68,7 +68,7 @@ def test_a_polite_end_has_status_zero_and_the_port_can_be_taken_again(tmp_path: 
 
 
 def test_register_prints_what_a_shell_can_export(tmp_path: Path) -> None:
-    """Issue part 4: register gives NAME=value lines with all that a provider needs."""
+    """Contract: register gives NAME=value lines with all that a provider needs."""
     with escrow_process(tmp_path) as process:
         lines = process.command("register", "--escrow", process.url + "/", "my bot").split("\n")
         settings = dict(line.split("=", 1) for line in lines if line)
@@ -130,7 +130,7 @@ def test_commands_refuse_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_fresh_service_makes_its_own_root_key(tmp_path: Path) -> None:
-    """Design 3.1: with no key given, one is made beside the database and used ever after."""
+    """Keys: with no key given, one is made beside the database and used ever after."""
     environment = {name: text for name, text in os.environ.items() if name != "X402MW_ROOT_KEY"}
     lines = []
     for _ in range(2):

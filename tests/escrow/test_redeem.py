@@ -110,7 +110,7 @@ async def test_a_final_item_closes_at_once(tmp_path: Path) -> None:
 
 
 async def test_repeating_a_final_redemption_is_done_not_failed(tmp_path: Path) -> None:
-    """I11 and binding 2: what an ended session already paid is ok again, more is not."""
+    """I11: what an ended session already paid is ok again, more is not."""
     async with market(tmp_path) as m:
         name = (await m.open())["escrow_id"]
         final = {"voucher": m.voucher(name, "2"), "amount": "2", "final": True}
