@@ -34,8 +34,8 @@ AWAY_SECONDS = 30
 CLOCK_SKEW_MAX_SECONDS = 30
 REFRESH_SECONDS = 30
 """At most one fetch of the key set in this time, however many unknown keys turn up."""
-KEYS_LEFT_SECONDS = 12 * 3600
-"""A key set with less life than this is fetched again."""
+KEYS_SECONDS = 3600
+"""A key set is fetched again after this time, so that a key that was retired soon counts so."""
 TOKENS_CACHED_MAX = 10_000
 
 ROOT_KEY, KEY_SET, PAY_TO, REGISTERED = "root_key", "key_set", "pay_to", "registered"
@@ -64,9 +64,9 @@ class EscrowLink:
         self._journal = journal
         self._root_key = root_key
         self._clock = clock
-        self._reached_at: float | None = None
+        self._reached_at = float("-inf")
         self._skewed = False
-        self._refreshed_at = float("-inf")
+        self._tried_at = self._refreshed_at = float("-inf")
         self._refreshing: asyncio.Task[None] | None = None
         self._tokens: OrderedDict[bytes, SessionToken] = OrderedDict()
 
@@ -110,9 +110,7 @@ class EscrowLink:
     @property
     def away(self) -> bool:
         """Whether the last contact failed, or is too long ago to count."""
-        if self._reached_at is None:
-            return True
-        return not 0 <= self._clock() - self._reached_at <= AWAY_SECONDS
+        return not self._within(AWAY_SECONDS, self._reached_at)
 
     @property
     def clock_off(self) -> bool:
@@ -125,7 +123,7 @@ class EscrowLink:
         try:
             answer = await question
         except X402mwError:
-            self._reached_at = None
+            self._reached_at = float("-inf")
             raise
         self._reached_at = self._clock()
         self._compare_clocks(asked_at, self._reached_at)
@@ -172,26 +170,31 @@ class EscrowLink:
 
     async def refresh_keys(self) -> None:
         """Fetches the key set and keeps it if it is not older than ours."""
-        self._refreshed_at = self._clock()
+        self._tried_at = self._clock()
         answer = await self.escrow.keys()
         fresh = open_key_set(
             answer.key_set, b64url_decode(self._setting(ROOT_KEY), PUBLIC_KEY_BYTES)
         )
         if fresh.network != self.network or fresh.serial < self.key_set.serial:
             raise TokenRefused("the escrow shows an older key set than before, or another network")
-        self.key_set = fresh
+        self.key_set, self._refreshed_at = fresh, self._clock()
+        # What is remembered of a token tells whether its key is retired.
         self._tokens.clear()
         await self._journal.set_setting(KEY_SET, answer.key_set)
 
     def refresh_keys_in_time(self) -> None:
-        """Starts a fetch of the key set if ours ends before long."""
-        if self.key_set.not_after - self._clock() < KEYS_LEFT_SECONDS:
+        """Starts a fetch of the key set if ours is not new."""
+        if not self._within(KEYS_SECONDS, self._refreshed_at):
             self._refresh_behind()
 
     def _refresh_behind(self) -> None:
         running = self._refreshing is not None and not self._refreshing.done()
-        if not running and not 0 <= self._clock() - self._refreshed_at < REFRESH_SECONDS:
+        if not running and not self._within(REFRESH_SECONDS, self._tried_at):
             self._refreshing = asyncio.create_task(self._refresh_quietly())
+
+    def _within(self, seconds: float, since: float) -> bool:
+        """Whether so little time has passed; a clock that went back tells nothing."""
+        return 0 <= self._clock() - since < seconds
 
     async def _refresh_quietly(self) -> None:
         try:
