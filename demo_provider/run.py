@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -74,6 +75,7 @@ class Market:
     wallet: Wallet
     counter: CountingTransport
     http: httpx.AsyncClient
+    relay: LossyRelay
     rows: list[Row] = field(default_factory=list)
 
     async def step(self, name: str, calls: int, work: Awaitable[str]) -> None:
@@ -124,7 +126,7 @@ async def metered_call(market: Market) -> str:
     tokens = answer.json()["tokens"]
     cost = market.wallet.spent - spent
     require(cost == tokens * 2000 // 1000, f"{tokens} tokens cost {cost} units")
-    return f"{tokens} tokens of at most 4000"
+    return f"used {tokens} tokens of 4000"
 
 
 async def streamed_call(market: Market) -> str:
@@ -162,15 +164,14 @@ async def failing_call(market: Market) -> str:
 async def lost_answer(market: Market) -> str:
     """Loses the provider's answer on the way; the retry gets it, and nothing is paid twice."""
     spent = market.wallet.spent
-    async with LossyRelay(httpx.URL(market.provider_url).port or 80) as relay:
-        origin = f"http://127.0.0.1:{relay.port}"
-        await market.http.get(f"{origin}/quote/FIRST")
-        relay.lose_next()
-        answer = await market.http.get(f"{origin}/quote/LOST")
-        require(answer.status_code == 200 and relay.lost == 1, "no answer was lost")
+    origin = f"http://127.0.0.1:{market.relay.port}"
+    await market.http.get(f"{origin}/quote/FIRST")
+    market.relay.lose_next()
+    answer = await market.http.get(f"{origin}/quote/LOST")
+    require(answer.status_code == 200 and market.relay.lost == 1, "no answer was lost")
     require(answer.headers.get("idempotent-replayed") == "true", "the call ran twice")
     require(market.wallet.spent - spent == 2000, "a lost answer was paid twice")
-    return "re-sent, stored answer, paid once"
+    return "sent again, paid once"
 
 
 async def refused_call(market: Market) -> str:
@@ -186,7 +187,7 @@ async def refused_call(market: Market) -> str:
         await httpx.AsyncClient(transport=transport).get(f"{market.provider_url}/quote/BTC")
     except LimitExceeded as error:
         require(market.counter.round_trips - trips == 1, "a refused call was sent")
-        return f"refused by limit {error.limit!r}"
+        return f"refused: {error.limit}"
     finally:
         await tight.aclose()
     raise RuntimeError("the demo found: the limit did not hold")
@@ -251,6 +252,7 @@ async def open_market(folder: Path) -> Market:
         wallet=wallet,
         counter=counter,
         http=httpx.AsyncClient(transport=PaymentTransport(wallet, inner=counter), timeout=30),
+        relay=await LossyRelay(port).open(),
     )
 
 
@@ -281,7 +283,6 @@ class Books:
 async def close_books(market: Market) -> Books:
     """Closes every session at the provider, which redeems, and reads the escrow's books."""
     before = await market.seller.me()
-    charged = market.wallet.spent
     await market.wallet.aclose()
     sessions = (await market.buyer.list(role="buyer")).items
     unfinished = [one for one in sessions if one.remaining]
@@ -293,7 +294,7 @@ async def close_books(market: Market) -> Books:
         paid=after.balance - before.balance,
         fee=sum(one.fee for one in sessions),
         refunded=sum(one.refunded for one in sessions),
-        charged=charged,
+        charged=market.wallet.spent,
         proof=await processes.run(
             market.folder, "x402mw.cli", "escrow", "check", "--db", "escrow.db"
         ),
@@ -333,9 +334,11 @@ async def play(console: Console, *, keep: bool) -> None:
 
 def steps_table(market: Market) -> Table:
     """What each step bought."""
-    table = Table(title="What the buyer did", title_justify="left")
-    for heading in ("step", "calls", "round trips", "ms per call", "cost", ""):
-        table.add_column(heading, justify="left" if heading in ("step", "") else "right")
+    table = Table(title="What the buyer did", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("step", no_wrap=True)
+    for heading in ("calls", "trips", "ms/call", "cost"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for row in market.rows:
         cells = (str(row.calls), str(row.round_trips), f"{row.milliseconds:.1f}")
         table.add_row(row.step, *cells, display(row.cost), row.remark)
@@ -344,9 +347,9 @@ def steps_table(market: Market) -> Table:
 
 def books_table(books: Books) -> Table:
     """The end of the story: locked = paid + fee + refunded."""
-    table = Table(title="The books (USDC)", title_justify="left")
-    for heading in ("locked", "= paid", "+ fee", "+ refunded", "charged by the provider"):
-        table.add_column(heading, justify="right")
+    table = Table(title="The books (USDC)", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("locked", "= paid", "+ fee", "+ refunded", "the wallet says charged"):
+        table.add_column(heading, justify="right", no_wrap=True)
     amounts = (books.locked, books.paid, books.fee, books.refunded, books.charged)
     table.add_row(*(display(amount) for amount in amounts))
     return table
@@ -369,7 +372,7 @@ async def stay(console: Console, market: Market) -> None:
 async def stop(market: Market) -> None:
     """Stops everything that was started."""
     await market.http.aclose()
-    await asyncio.gather(market.buyer.aclose(), market.seller.aclose())
+    await asyncio.gather(market.buyer.aclose(), market.seller.aclose(), market.relay.aclose())
     await asyncio.gather(market.provider.stop(), market.escrow.stop())
 
 
