@@ -22,9 +22,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 400
+TEST_FILE_LINES_MAX = 600
 CORE_IMPORTS = {
-    "base64", "binascii", "collections", "dataclasses", "decimal", "enum", "fractions", "hashlib",
-    "json", "re", "struct", "typing", "urllib", "joserfc", "nacl", "pydantic",
+    "base64", "binascii", "collections", "contextlib", "dataclasses", "decimal", "enum",
+    "fractions", "hashlib", "json", "re", "struct", "typing", "urllib", "joserfc", "nacl",
+    "pydantic",
 }  # fmt: skip
 IMPURE = re.compile(
     r"(\.now|\.today|\.utcnow|\.generate|\.generate_key|\.random|\.urandom|\.read_text|\.read_bytes"
@@ -150,8 +152,9 @@ def test_no_import_cycles() -> None:
 
 @pytest.mark.parametrize("path", ALL, ids=short)
 def test_files_and_functions_stay_small(path: Path) -> None:
-    """No function is over 70 lines and no file over 400."""
-    assert len(path.read_text().splitlines()) <= FILE_LINES_MAX
+    """No function is over 70 lines, and no file over 400; tables of cases may take 600."""
+    most = FILE_LINES_MAX if path in SHIPPED else TEST_FILE_LINES_MAX
+    assert len(path.read_text().splitlines()) <= most
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.lineno + 1

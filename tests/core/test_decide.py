@@ -169,6 +169,14 @@ def test_former_terms_pass_for_a_while(age: int, passes: bool) -> None:
         assert refusal(claim, book=book).reason == "terms"
 
 
+def test_former_terms_in_another_unit_are_refused() -> None:
+    """A handler that counts words cannot serve terms in tokens."""
+    claim = world.inspect(Payment(terms=METERED))
+    words = replace(METERED, unit="word")
+    book = replace(BOOK, retired={METERED.id: NOW})
+    assert refusal(claim, offer=world.offer_of(words), book=book).reason == "terms"
+
+
 def test_terms_never_offered_are_refused() -> None:
     """A price that the buyer made up is none."""
     assert refusal(world.inspect(Payment(terms=OLD))).reason == "terms"

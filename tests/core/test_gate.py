@@ -169,6 +169,16 @@ def test_what_is_meant_for_another_is_refused(
     assert (found.call, found.account, found.best) == (None, None, None)
 
 
+def test_a_refusal_from_outside_can_be_named() -> None:
+    """What the shell refuses by itself names the payment too, if the headers hold one."""
+    for values, seq in (([Payment().header], 7), ([], None), ([b"junk"], None)):
+        found = Refused(413, "body_too_large", "too large")
+        gate.name_refusal(found, values)
+        assert found.seq == seq
+    gate.name_refusal(named := refusal(Payment(key=world.SIGNER)), [])
+    assert named.seq == 7
+
+
 def test_another_scheme_is_refused() -> None:
     """A payment of another x402 scheme is for somebody else."""
     content = Payment().content

@@ -11,13 +11,16 @@
 3. Pure: the clock, the rows and the token cache are arguments. A refusal is raised as `Refused`.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from x402mw.core import headers, sessions
-from x402mw.core.amounts import ZERO, Atomic
+from x402mw.core.book import Book as Book
+from x402mw.core.book import Offer as Offer
+from x402mw.core.book import Standing as Standing
 from x402mw.core.calls import Call as Call
 from x402mw.core.calls import CallState as CallState
 from x402mw.core.calls import Outcome as Outcome
@@ -46,33 +49,6 @@ ESCROW_RETRY_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """Terms of one priced route, and the entry of `accepts` that states them."""
-
-    terms: Terms
-    accepts: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Book:
-    """What the gate judges by; replaced as a whole whenever something in it changes.
-
-    `offers` are the current ones by terms id; `retired` tells when (seconds) former ids stopped
-    being offered; `replaced` are journal ids that a restored backup has given up.
-    """
-
-    network: str
-    network_id: bytes
-    pay_to: str
-    journal: bytes
-    asset: str
-    offers: Mapping[bytes, Offer]
-    control: Terms
-    retired: Mapping[bytes, int] = field(default_factory=dict)
-    replaced: frozenset[bytes] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
 class Claim:
     """A payment whose token and voucher have verified; what it is for is not yet checked."""
 
@@ -92,20 +68,6 @@ class Claim:
     def seq(self) -> int:
         """The identity of the logical request."""
         return self.signed.voucher.seq
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What else bears on admission: the escrow's absence, our clock, and value not yet redeemed.
-
-    `throttled`: the session has had its share of calls that cost nothing, for this minute.
-    """
-
-    throttled: bool = False
-    escrow_away: bool = False
-    clock_off: bool = False
-    unredeemed: Atomic = ZERO
-    unredeemed_max: Atomic = ZERO
 
 
 class Refused(RemoteError):
@@ -151,9 +113,20 @@ def inspect(
     try:
         return _inspect(payment, signed, book, open_token, control=control)
     except Refused as refusal:
-        refusal.seq = signed.voucher.seq
-        refusal.commitment = hashlib.sha256(signed.raw).digest()
+        _name(refusal, signed)
         raise
+
+
+def name_refusal(refusal: Refused, values: Sequence[bytes]) -> None:
+    """Notes in a refusal whose payment it is about, if the payment headers say so at all."""
+    if refusal.seq is None:
+        with contextlib.suppress(Refused):
+            _name(refusal, _decode(values)[1])
+
+
+def _name(refusal: Refused, signed: SignedVoucher) -> None:
+    refusal.seq = signed.voucher.seq
+    refusal.commitment = hashlib.sha256(signed.raw).digest()
 
 
 def _decode(values: Sequence[bytes]) -> tuple[PaymentPayload, SignedVoucher]:
@@ -356,11 +329,16 @@ def _check_times(claim: Claim, account: Account, standing: Standing, now: float)
 
 def _check_terms(claim: Claim, offer: Offer, book: Book, now: float) -> None:
     terms = claim.terms
-    same_route = (terms.method, terms.route) == (offer.terms.method, offer.terms.route)
+    same_route = _what_is_sold(terms) == _what_is_sold(offer.terms)
     retired_at = book.retired.get(terms.id)
     in_grace = retired_at is not None and now - retired_at < TERMS_GRACE_SECONDS
     if not same_route or not (terms.id == offer.terms.id or in_grace):
         raise Refused(402, "terms", "these terms are not offered here (any more)")
+
+
+def _what_is_sold(terms: Terms) -> tuple[str, str, str]:
+    # The unit belongs to it: a handler that counts words cannot serve terms in tokens.
+    return terms.method, terms.route, terms.unit
 
 
 def _reserve(claim: Claim, account: Account, standing: Standing) -> Account:
