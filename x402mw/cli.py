@@ -28,7 +28,12 @@ ROOT_KEY_VARIABLE = "X402MW_ROOT_KEY"
 DATABASE = "x402mw-escrow.db"
 NETWORK = "escrow:main"
 
-app = typer.Typer(no_args_is_help=True, help="Payments between programs, over plain HTTP.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Payments between programs, over plain HTTP.",
+    # The pretty form prints local variables, and some of ours are keys.
+    pretty_exceptions_enable=False,
+)
 escrow = typer.Typer(no_args_is_help=True, help="Runs and audits an escrow service.")
 app.add_typer(escrow, name="escrow")
 

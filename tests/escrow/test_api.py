@@ -228,7 +228,7 @@ async def test_a_provider_close_checks_its_voucher(tmp_path: Path) -> None:
             (m.provider, {"voucher": forged, "amount": "1"}, "signature"),
             (m.provider, {"voucher": m.voucher(other, "1"), "amount": "1"}, "malformed"),
             (m.provider, {"voucher": "junk", "amount": "1"}, "malformed"),
-            (m.provider, {"amount": "1"}, "invalid_request"),
+            (m.provider, {"amount": "1"}, "voucher_required"),
             (m.provider, {"voucher": forged}, "invalid_request"),
             (m.buyer, {"voucher": m.voucher(name, "1"), "amount": "1"}, "invalid_request"),
         ):

@@ -142,3 +142,14 @@ async def test_a_clock_that_jumps_back_harms_nobody(tmp_path: Path) -> None:
         assert verdict["ok"]
         m.escrow.clock.advance(7200)
         assert (await m.show(name))["status"] == "partially_released"
+
+
+async def test_a_clock_that_was_far_ahead_leaves_no_deadline_waiting(tmp_path: Path) -> None:
+    """T5: the grace after a jump ahead ends when the clock is set right again."""
+    async with market(tmp_path) as m:
+        name = (await m.open(expires_in_seconds=1800))["escrow_id"]
+        for seconds in (10**8, -(10**8)):
+            m.escrow.clock.advance(seconds)
+            await m.escrow.ledger.sweep()
+        await m.escrow.pass_time(1800)
+        assert (await m.show(name))["status"] == "refunded"

@@ -1,7 +1,5 @@
 """Real escrows for tests: one in this process on a real socket, or one in a process of its own."""
 
-import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -110,21 +108,19 @@ async def running_escrow(
     settings = replace(Settings(str(tmp_path / "escrow.db"), ROOT_SEED), **changes)
     clock = clock or MovingClock()
     app = create_app(settings, clock=clock)
-    sock, started = bind("127.0.0.1", 0), asyncio.Event()
-    server = AnnouncingServer(app, started.set)
-    # uvicorn's own signal handling belongs to a process, not to a test.
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-    serving = asyncio.create_task(server.serve([sock]))
+    sock = bind("127.0.0.1", 0)
+    server = AnnouncingServer(app, lambda: None)
+    # The steps of `server.serve` without its signal handlers and its waiting loop.
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    await server.startup([sock])
+    assert server.started, "the escrow did not start"
     try:
-        async with asyncio.timeout(20):
-            await started.wait()
         escrow = RunningEscrow(url_of(sock), app.state.ledger, settings, clock)
         yield escrow
         assert await escrow.check() == []
     finally:
-        server.should_exit = True
-        await serving
-        sock.close()
+        await server.shutdown([sock])
 
 
 class EscrowProcess:

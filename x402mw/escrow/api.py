@@ -60,7 +60,7 @@ def create_app(settings: Settings, *, clock: Clock = time.time) -> Starlette:
         routes=_routes(),
         lifespan=lifespan,
         exception_handlers=web.EXCEPTION_HANDLERS,
-        middleware=[Middleware(web.Dated, clock=clock)],
+        middleware=[Middleware(web.Stamped, clock=clock)],
     )
     # A redirect would be built from the Host header; a path with a slash too many is just unknown.
     app.router.redirect_slashes = False
@@ -283,8 +283,8 @@ async def close(request: Request) -> Response:
     escrow_id = _path_id(request, "escrow_id", ids.ESCROW)
     value = await web.read_body(request)
     body = web.parse(bodies.Close, value)
-    if (body.voucher is None) != (body.amount is None):
-        raise Refused(422, "invalid_request", "voucher and amount come together or not at all")
+    if body.voucher is not None and body.amount is None:
+        raise Refused(422, "invalid_request", "a voucher comes with the amount to redeem")
     operation = await _closing(ledger, caller, escrow_id, body)
     key = web.idempotency_key(request, caller, value)
     return web.respond(await ledger.perform(operation, caller=caller, key=key))

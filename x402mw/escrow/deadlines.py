@@ -34,6 +34,8 @@ async def beat(tx: Transaction) -> None:
     if tx.now - service.heartbeat > GAP_SECONDS:
         await apply(tx, at=service.heartbeat)
         tx.service.up_since = tx.now
+    # A clock that was wrong and is set back must not leave the deadlines waiting for it.
+    tx.service.up_since = min(tx.service.up_since, tx.now)
     tx.service.heartbeat = tx.now
 
 

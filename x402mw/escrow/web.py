@@ -24,6 +24,7 @@ from x402mw.escrow.errors import Refused
 from x402mw.escrow.idempotency import KEY_CHARACTERS_MAX, Answer, Key, hash_body
 
 BODY_BYTES_MAX = 64 * 1024
+FIELD_CHARACTERS_MAX = 100
 PROBLEM_TYPE = "application/problem+json"
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 _CODES = {404: "not_found", 405: "method_not_allowed", 400: "malformed"}
@@ -70,7 +71,10 @@ def parse(model: type[Model], value: dict[str, Any]) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         fields = [
-            {"field": ".".join(map(str, found["loc"])), "message": found["msg"]}
+            {
+                "field": ".".join(map(str, found["loc"]))[:FIELD_CHARACTERS_MAX],
+                "message": found["msg"],
+            }
             for found in error.errors(include_url=False, include_input=False, include_context=False)
         ]
         first = fields[0]
@@ -112,17 +116,14 @@ def idempotency_key(request: Request, principal: str, value: dict[str, Any]) -> 
 
 def respond(answer: Answer) -> Response:
     """Writes a ledger's answer."""
-    headers = {"Cache-Control": "no-store"}
-    if answer.replayed:
-        headers["Idempotent-Replayed"] = "true"
+    headers = {"Idempotent-Replayed": "true"} if answer.replayed else {}
     media_type = PROBLEM_TYPE if answer.status >= 400 else "application/json"
     return Response(answer.body, answer.status, headers, media_type)
 
 
 def problem_response(refusal: Refused) -> Response:
     """Writes a refusal as a problem document."""
-    headers = {"Cache-Control": "no-store", **refusal.headers}
-    return JSONResponse(refusal.problem(), refusal.status, headers, PROBLEM_TYPE)
+    return JSONResponse(refusal.problem(), refusal.status, refusal.headers, PROBLEM_TYPE)
 
 
 # What an exception becomes. Its text never leaves, except of refusals, which are written for it.
@@ -153,7 +154,7 @@ async def on_disconnect(_request: Request, _error: Exception) -> Response:
 
 async def on_error(_request: Request, error: Exception) -> Response:
     """Answers a failure of ours: 503 if trying again may help, else 500."""
-    # This answer is written outside of `Dated`, so it stamps itself.
+    # This answer is written outside of `Stamped`, so it stamps itself.
     date = formatdate(usegmt=True)
     if is_unavailable(error):
         headers = {"Date": date, "Retry-After": "2"}
@@ -171,19 +172,24 @@ EXCEPTION_HANDLERS: dict[Any, Callable[[Request, Exception], Awaitable[Response]
 }
 
 
-class Dated:
-    """Stamps each answer with `Date` by the ledger's clock: providers compare theirs to it."""
+class Stamped:
+    """Stamps each answer with `Date` by the ledger's clock, which providers compare to theirs.
+
+    And with `no-store`, because most answers are somebody's money.
+    """
 
     def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
         self._app = app
         self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes everything through and adds one header."""
+        """Passes everything through and adds two headers."""
 
-        async def send_dated(message: Message) -> None:
+        async def send_stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Date"] = formatdate(self._clock(), usegmt=True)
+                headers = MutableHeaders(scope=message)
+                headers["Date"] = formatdate(self._clock(), usegmt=True)
+                headers["Cache-Control"] = "no-store"
             await send(message)
 
-        await self._app(scope, receive, send_dated)
+        await self._app(scope, receive, send_stamped)
