@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import httpx
 
-from x402mw.core.amounts import display
+from x402mw.core.amounts import Atomic, display
 from x402mw_client.closing import close_all, close_lost
 from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
@@ -80,6 +80,12 @@ class Wallet:
     def sync_escrow(self) -> SyncEscrow:
         """The same for plain code."""
         return SyncEscrow(self.state.escrow, self._api_key)
+
+    @property
+    def spent(self) -> Atomic:
+        """What calls were charged so far, in atomic units; open calls are not in it."""
+        with self.state.purse.lock:
+            return Atomic(sum(session.charged for session in self.state.purse.sessions.values()))
 
     def summary(self) -> Summary:
         """Adds up all sessions of this wallet."""
