@@ -18,6 +18,7 @@ from x402mw.escrow import agents, database, schema
 from x402mw.escrow.books import audit
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.ledger import open_ledger
+from x402mw.escrow.rows import balance_of
 from x402mw.escrow.rules import FAUCET, HOUSE, WORLD, Transfer
 from x402mw.escrow.settings import Settings
 
@@ -174,7 +175,7 @@ async def test_there_is_never_more_money_than_an_integer_holds(tmp_path: Path) -
             async with ledger.write() as tx:
                 tx.post("fraud", [Transfer(HOUSE, FAUCET, Atomic(1))], "USDC")
         async with ledger.read() as connection:
-            assert await agents.balance_of(connection, WORLD) == -AMOUNT_MAX
+            assert await balance_of(connection, WORLD) == -AMOUNT_MAX
     finally:
         await ledger.close()
     assert await audit(settings.database_url) == []

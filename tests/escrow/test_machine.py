@@ -27,6 +27,7 @@ from x402mw.escrow import agents, bodies, books, redemption, schema, sessions
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.redemption import BadItem, Claim
+from x402mw.escrow.rows import find_escrow
 from x402mw.escrow.rules import HOUSE, Escrow, agent_account
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.transactions import Transaction
@@ -230,7 +231,9 @@ class Trade(RuleBasedStateMachine):
 
         def closing(who: str, name: str) -> Work:
             async def close(tx: Transaction) -> dict[str, Any]:
-                return sessions.close_as_buyer(tx, await sessions.as_party(tx, who, name))
+                return sessions.close_as_buyer(
+                    tx, await sessions.as_party(tx.connection, who, name)
+                )
 
             return close
 
@@ -253,7 +256,7 @@ class Trade(RuleBasedStateMachine):
                 judged: list[Claim | BadItem] = [BadItem("malformed", "junk")]
                 for number, proven, final in items:
                     name = world.escrows[self.pick(number)]
-                    escrow = await tx.find_escrow(name)
+                    escrow = await find_escrow(tx.connection, name)
                     if escrow is not None and escrow.provider == world.providers[provider]:
                         judged.append(Claim(name, proven, final))
                 return await redemption.redeem(tx, world.providers[provider], batch, judged)

@@ -12,8 +12,9 @@ from x402mw.core import ids
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
 from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.rows import balance_of
 from x402mw.escrow.rules import FAUCET, WORLD, Transfer, agent_account
-from x402mw.escrow.transactions import Transaction, balance_of
+from x402mw.escrow.transactions import Transaction
 
 API_KEY_PREFIX = "pf_live_"
 API_KEY_BYTES = 32
@@ -77,12 +78,15 @@ async def deposit(tx: Transaction, agent_id: str, amount: Atomic) -> dict[str, A
         raise not_found()
     await _mint(tx, "deposit", agent_account(agent_id), amount)
     await tx.flush()
-    return {"agent_id": agent_id, "balance": display(await tx.balance(agent_account(agent_id)))}
+    return {
+        "agent_id": agent_id,
+        "balance": display(await balance_of(tx.connection, agent_account(agent_id))),
+    }
 
 
 async def _mint(tx: Transaction, kind: str, target: str, amount: Atomic) -> None:
     # Everything there is together stays below 2^63, so no single balance can ever overflow.
-    if amount - await tx.balance(WORLD) > AMOUNT_MAX:
+    if amount - await balance_of(tx.connection, WORLD) > AMOUNT_MAX:
         raise Refused(409, "amount_out_of_range", "the books cannot hold so much money")
     tx.post(kind, [Transfer(WORLD, target, amount)] if amount else [], tx.settings.asset.code)
 
@@ -91,7 +95,7 @@ async def claim_faucet(tx: Transaction, agent_id: str, source: str) -> dict[str,
     """Gives a new agent its first money, once, within the limits per source and day."""
     day, amount = tx.now // DAY_SECONDS, tx.settings.faucet_amount
     await _check_claim(tx, agent_id, source, day)
-    if await tx.balance(FAUCET) < amount:
+    if await balance_of(tx.connection, FAUCET) < amount:
         await _mint(tx, "faucet_funding", FAUCET, max(amount, tx.settings.faucet_daily))
     account = agent_account(agent_id)
     tx.post("faucet", [Transfer(FAUCET, account, amount)], tx.settings.asset.code)
@@ -100,7 +104,10 @@ async def claim_faucet(tx: Transaction, agent_id: str, source: str) -> dict[str,
         schema.faucet_claims,
         {"agent_id": agent_id, "source": source, "day": day, "amount": amount},
     )
-    return {"claimed": display(amount), "balance": display(await tx.balance(account))}
+    return {
+        "claimed": display(amount),
+        "balance": display(await balance_of(tx.connection, account)),
+    }
 
 
 async def _check_claim(tx: Transaction, agent_id: str, source: str, day: int) -> None:

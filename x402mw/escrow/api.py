@@ -243,7 +243,8 @@ async def show_escrow(request: Request) -> Response:
     escrow_id = _path_id(request, "escrow_id", ids.ESCROW)
     await ledger.refresh(caller)
     async with ledger.read() as connection:
-        return JSONResponse(await sessions.show(connection, caller, escrow_id))
+        escrow = await sessions.as_party(connection, caller, escrow_id)
+    return JSONResponse(sessions.describe(escrow))
 
 
 async def renew_token(request: Request) -> Response:
@@ -297,7 +298,7 @@ async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Clo
     judged = await _judge(ledger, caller, [item])
 
     async def close_for(tx: Transaction) -> dict[str, Any]:
-        escrow = await sessions.as_party(tx, caller, escrow_id)
+        escrow = await sessions.as_party(tx.connection, caller, escrow_id)
         if caller == escrow.provider:
             proven = redemption.proven_by(judged[0], escrow_id)
             return sessions.close_as_provider(tx, escrow, proven)

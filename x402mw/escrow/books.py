@@ -8,15 +8,15 @@ and `x402mw escrow check` all ask this same judge.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from sqlalchemy import Column, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.escrow import schema
 from x402mw.escrow.database import visiting
+from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules import (
     ENDED_STATUSES,
     HOUSE,
@@ -97,19 +97,13 @@ async def read_books(connection: AsyncConnection) -> Books:
     balances = await connection.execute(
         select(schema.accounts.c.account, schema.accounts.c.balance)
     )
-    escrows = await connection.execute(select(*escrow_columns()))
     return Books(
         entries=await _read_entries(connection),
         balances={row.account: row.balance for row in balances},
-        escrows=[Escrow(**row._mapping) for row in escrows],  # noqa: SLF001 (its documented name)
+        escrows=await fetch_escrows(connection, select(schema.escrows)),
         head_seq=service.entry_seq,
         head_hash=service.entry_hash,
     )
-
-
-def escrow_columns() -> list[Column[Any]]:
-    """The columns that make an `Escrow`."""
-    return [schema.escrows.c[field.name] for field in fields(Escrow)]
 
 
 async def _read_entries(connection: AsyncConnection) -> list[Chained]:

@@ -7,7 +7,7 @@ outage postpones it (T5): both in `docs/money.md` 6.
 from sqlalchemy import ColumnElement, func, select, true
 
 from x402mw.escrow import schema
-from x402mw.escrow.books import escrow_columns
+from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules import (
     LIVE_STATUSES,
     UP_GRACE_SECONDS,
@@ -53,8 +53,8 @@ async def apply(
     now, up_since = tx.now if at is None else at, tx.service.up_since
     if now < up_since + UP_GRACE_SECONDS:
         return 0
-    query = select(*escrow_columns()).where(due_before(now), of_party(party)).limit(limit)
-    due = await tx.escrows(query)
+    query = select(schema.escrows).where(due_before(now), of_party(party)).limit(limit)
+    due = await fetch_escrows(tx.connection, query)
     for escrow in due:
         nominal = effective_deadline(escrow.deadline, up_since)
         tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, effective_at=nominal)

@@ -6,8 +6,8 @@ runs it again when the database asks for that. Readers see a moment of their own
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from sqlalchemy import insert, select
@@ -47,7 +47,7 @@ class Ledger:
         self._serving = serving
         # Our own writers queue here in order, instead of polling for the database's lock.
         self._writer = asyncio.Lock()
-        self._running: set[Key] = set()
+        self._running: set[Key | None] = set()
 
     def now(self) -> int:
         """The whole second it is."""
@@ -77,27 +77,27 @@ class Ledger:
         self, operation: Operation, *, caller: str | None, key: Key | None = None, status: int = 200
     ) -> Answer:
         """Runs one operation for an agent and returns its answer, refusals included."""
-        if key is None:
-            return await self._with_retries(operation, caller, None, status)
+        with self._alone(key):
+            for attempts_left in reversed(range(ATTEMPTS_MAX)):
+                try:
+                    async with self.write() as tx:
+                        return await _answer(tx, operation, caller, key, status)
+                except DBAPIError as error:
+                    if not (attempts_left and database.is_conflict(error)):
+                        raise
+        raise AssertionError("the last attempt returns or raises")
+
+    @contextmanager
+    def _alone(self, key: Key | None) -> Iterator[None]:
+        """Refuses a key that another request of this process is working on."""
         if key in self._running:
             raise idempotency.running()
-        self._running.add(key)
+        if key is not None:
+            self._running.add(key)
         try:
-            return await self._with_retries(operation, caller, key, status)
+            yield
         finally:
-            self._running.discard(key)
-
-    async def _with_retries(
-        self, operation: Operation, caller: str | None, key: Key | None, status: int
-    ) -> Answer:
-        for attempt in range(1, ATTEMPTS_MAX + 1):
-            try:
-                async with self.write() as tx:
-                    return await _answer(tx, operation, caller, key, status)
-            except DBAPIError as error:
-                if attempt == ATTEMPTS_MAX or not database.is_conflict(error):
-                    raise
-        raise AssertionError("unreachable")
+            self._running -= {key}
 
     async def refresh(self, caller: str | None) -> None:
         """Applies the deadlines of an agent before something of it is read."""

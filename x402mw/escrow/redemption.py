@@ -20,8 +20,8 @@ from x402mw.core.strict import b64url_decode
 from x402mw.core.vouchers import SignedVoucher, parse_voucher, verify_voucher
 from x402mw.escrow import agents, rules, schema
 from x402mw.escrow.bodies import Redemption, RedemptionItem
-from x402mw.escrow.books import escrow_columns
 from x402mw.escrow.errors import Refused
+from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules import Escrow, Event, InvalidState, Phase
 from x402mw.escrow.transactions import Transaction
 
@@ -119,7 +119,8 @@ async def redeem(
     highest = await agents.note_serial(tx, caller, batch.journal, batch.serial)
     totals = _combine(judged)
     escrows = schema.escrows.c
-    rows = await tx.escrows(select(*escrow_columns()).where(escrows.escrow_id.in_(sorted(totals))))
+    query = select(schema.escrows).where(escrows.escrow_id.in_(sorted(totals)))
+    rows = await fetch_escrows(tx.connection, query)
     results = {row.escrow_id: _settle(tx, row, totals[row.escrow_id]) for row in rows}
     verdicts = (item if isinstance(item, BadItem) else results[item.escrow_id] for item in judged)
     return {"serial": highest, "items": [_describe(verdict) for verdict in verdicts]}
@@ -177,8 +178,9 @@ async def show_changes(
     """The sessions of a journal that changed after `since`, in the order of their last change."""
     highest = await agents.note_serial(tx, caller, journal, serial)
     escrows = schema.escrows.c
-    query = select(*escrow_columns()).where(escrows.journal == journal, escrows.change > since)
-    found = await tx.escrows(query.order_by(escrows.change).limit(limit))
+    query = select(schema.escrows).where(escrows.journal == journal, escrows.change > since)
+    query = query.order_by(escrows.change).limit(limit)
+    found = await fetch_escrows(tx.connection, query)
     return {
         "next": found[-1].change if found else since,
         "serial": highest,

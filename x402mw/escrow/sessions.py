@@ -16,10 +16,10 @@ from x402mw.core.strict import b64url_decode
 from x402mw.core.tokens import SessionToken
 from x402mw.escrow import agents, rules, schema
 from x402mw.escrow.bodies import NewEscrow
-from x402mw.escrow.books import escrow_columns
 from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.rows import balance_of, fetch_escrows, find_escrow
 from x402mw.escrow.rules import Escrow, Event, agent_account
-from x402mw.escrow.transactions import Transaction, fetch_escrows
+from x402mw.escrow.transactions import Transaction
 
 
 def describe(escrow: Escrow) -> dict[str, Any]:
@@ -83,7 +83,7 @@ async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> None:
 
 
 async def _check_funds(tx: Transaction, buyer: str, amount: Atomic) -> None:
-    balance = await tx.balance(agent_account(buyer))
+    balance = await balance_of(tx.connection, agent_account(buyer))
     if balance < amount:
         raise Refused(
             409, "insufficient_funds", "your balance does not suffice", balance=display(balance)
@@ -157,16 +157,8 @@ def _keep(tx: Transaction, before: Escrow, after: Escrow, event: Event) -> dict[
     return describe(before if after == before else tx.save(before, after, event.value))
 
 
-async def as_party(tx: Transaction, caller: str, escrow_id: str) -> Escrow:
-    """The escrow, if the caller is one of its two parties; to all others it does not exist."""
-    escrow = await tx.find_escrow(escrow_id)
-    if escrow is None or caller not in (escrow.buyer, escrow.provider):
-        raise not_found()
-    return escrow
-
-
 async def _as_buyer(tx: Transaction, caller: str, escrow_id: str) -> Escrow:
-    escrow = await as_party(tx, caller, escrow_id)
+    escrow = await as_party(tx.connection, caller, escrow_id)
     if caller != escrow.buyer:
         raise Refused(403, "not_the_buyer", "only the buyer of this escrow may do that")
     return escrow
@@ -175,16 +167,12 @@ async def _as_buyer(tx: Transaction, caller: str, escrow_id: str) -> Escrow:
 # Reading.
 
 
-async def show(connection: AsyncConnection, caller: str, escrow_id: str) -> dict[str, Any]:
-    """One escrow, to one of its parties."""
-    escrows = schema.escrows.c
-    query = select(*escrow_columns()).where(escrows.escrow_id == escrow_id)
-    found = await fetch_escrows(
-        connection, query.where((escrows.buyer == caller) | (escrows.provider == caller))
-    )
-    if not found:
+async def as_party(connection: AsyncConnection, caller: str, escrow_id: str) -> Escrow:
+    """The escrow, if the caller is one of its two parties; to all others it does not exist."""
+    escrow = await find_escrow(connection, escrow_id)
+    if escrow is None or caller not in (escrow.buyer, escrow.provider):
         raise not_found()
-    return describe(found[0])
+    return escrow
 
 
 async def show_all(
@@ -199,7 +187,7 @@ async def show_all(
     """A page of the caller's escrows, newest first; `next` is the `after` of the next page."""
     escrows = schema.escrows.c
     parties = {"buyer": escrows.buyer == caller, "provider": escrows.provider == caller}
-    query = select(*escrow_columns()).where(
+    query = select(schema.escrows).where(
         parties[role] if role else parties["buyer"] | parties["provider"]
     )
     if status is not None:

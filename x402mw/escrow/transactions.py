@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from sqlalchemy import Select, bindparam, insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
-from x402mw.escrow.books import Entry, escrow_columns, hash_entry
+from x402mw.escrow.books import Entry, hash_entry
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules import Escrow, Transfer, balance_changes, transfers
 from x402mw.escrow.settings import Settings
@@ -110,21 +110,6 @@ class Transaction:
 
     # Rows.
 
-    async def balance(self, account: str) -> int:
-        """The balance of an account that exists."""
-        return await balance_of(self.connection, account)
-
-    async def find_escrow(self, escrow_id: str) -> Escrow | None:
-        """The escrow with this id, if there is one."""
-        found = await self.escrows(
-            select(*escrow_columns()).where(schema.escrows.c.escrow_id == escrow_id)
-        )
-        return found[0] if found else None
-
-    async def escrows(self, query: Select[Any]) -> list[Escrow]:
-        """The escrows a query over `escrow_columns()` finds."""
-        return await fetch_escrows(self.connection, query)
-
     async def open_account(self, account: str) -> None:
         """Makes an empty account."""
         await self.insert(
@@ -197,16 +182,3 @@ class Transaction:
     async def _write_service(self) -> None:
         if self.service != self._clean:
             await self.connection.execute(update(schema.service).values(**asdict(self.service)))
-
-
-async def balance_of(connection: AsyncConnection, account: str) -> int:
-    """The stored balance of an account that exists."""
-    accounts = schema.accounts.c
-    query = select(accounts.balance).where(accounts.account == account)
-    return int((await connection.execute(query)).scalar_one())
-
-
-async def fetch_escrows(connection: AsyncConnection, query: Select[Any]) -> list[Escrow]:
-    """Runs a query over `escrow_columns()`."""
-    rows = await connection.execute(query)
-    return [Escrow(**row._mapping) for row in rows]  # noqa: SLF001 (its documented name)
