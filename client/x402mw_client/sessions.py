@@ -119,6 +119,7 @@ class Session:
     state: State = State.OPEN
     calls: dict[int, Call] = field(default_factory=dict)
     topup_after: float = 0.0
+    renew_after: float = 0.0
 
     @cached_property
     def secret(self) -> bytes:

@@ -7,6 +7,7 @@ many callers need at once is done by one of them, alone in a section; the others
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from x402mw.core.amounts import Atomic, display, to_atomic
@@ -36,7 +37,8 @@ from x402mw_client.waiting import ENTERED
 log = logging.getLogger("x402mw.client")
 
 SECTION_SECONDS = 60.0
-TOPUP_PAUSE_SECONDS = 60.0
+PAUSE_SECONDS = 30.0
+"""What can wait and failed is tried again after this long."""
 
 
 def alone(wallet: WalletState, name: object, until: Callable[[], Any]) -> Story[Any]:
@@ -158,10 +160,11 @@ def _enter(
 
 
 def _fresh_token(wallet: WalletState, session: Session) -> Story[None]:
-    """Renews the token near its end; others wait for that only once it has ended."""
-    expires = session.opened_token().exp
-    if wallet.clock() >= expires - RENEW_SECONDS:
-        yield from renew_token(wallet, session, urgent=wallet.clock() >= expires)
+    """Renews the token near its end; until it has ended nobody waits long for that."""
+    now, expires = wallet.clock(), session.opened_token().exp
+    if now >= expires or (now >= expires - RENEW_SECONDS and now >= session.renew_after):
+        session.renew_after = now + PAUSE_SECONDS
+        yield from renew_token(wallet, session, urgent=now >= expires)
 
 
 def renew_token(wallet: WalletState, session: Session, *, urgent: bool) -> Story[None]:
@@ -175,7 +178,8 @@ def renew_token(wallet: WalletState, session: Session, *, urgent: bool) -> Story
         return
     try:
         with wallet.sections.leaving(name):
-            record = yield Ask(operations.renew_token(session.id))
+            renewal = operations.renew_token(session.id)
+            record = yield Ask(replace(renewal, repeatable=urgent))
             wallet.purse.renew(session, record)
     except EscrowRefused as error:
         log.info("session %s takes no new calls: %s", session.name, error.reason)
@@ -196,7 +200,7 @@ def _cover(wallet: WalletState, session: Session, offer: Offer, more: int) -> St
     name = ("topup", session.id)
     if not (yield from _enter(wallet, name, lambda: session.rest >= more, urgent=urgent)):
         return
-    session.topup_after = wallet.clock() + TOPUP_PAUSE_SECONDS
+    session.topup_after = wallet.clock() + PAUSE_SECONDS
     try:
         with wallet.sections.leaving(name):
             session.target = max(session.target, _target(wallet, offer))

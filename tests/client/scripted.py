@@ -272,7 +272,7 @@ class ScriptedProvider:
             claim,
             method=request.method,
             origin=f"{request.url.scheme}://{request.url.netloc.decode()}",
-            target=request.url.raw_path.decode(),
+            target=request.url.raw_path.decode().removesuffix("?"),
             body_hash=hashlib.sha256(request.content).digest(),
         )
         return claim
