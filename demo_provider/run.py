@@ -149,7 +149,7 @@ async def parallel_calls(market: Market) -> str:
     answers = await asyncio.gather(*(market.http.get(url) for url in urls))
     served = sum(answer.status_code == 200 for answer in answers)
     require(served == PARALLEL_CALLS, f"only {served} of {PARALLEL_CALLS} were served")
-    return "all served, one session"
+    return "all on one session"
 
 
 async def failing_call(market: Market) -> str:
@@ -334,9 +334,11 @@ async def play(console: Console, *, keep: bool) -> None:
 
 def steps_table(market: Market) -> Table:
     """What each step bought."""
-    table = Table(title="What the buyer did", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="What the buyer did", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("step", no_wrap=True)
-    for heading in ("calls", "trips", "ms/call", "cost"):
+    for heading in ("calls", "trips", "ms each", "cost"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for row in market.rows:

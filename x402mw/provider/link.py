@@ -122,6 +122,10 @@ class EscrowLink:
         asked_at = self._clock()
         try:
             answer = await question
+        except EscrowRefused:
+            # A refusal is an answer too: whoever gives it is not away.
+            self._reached_at = self._clock()
+            raise
         except X402mwError:
             self._reached_at = float("-inf")
             raise

@@ -164,7 +164,7 @@ class Redeemer:
         self._met = True
         if restored:
             await self._replace()
-        return restored or len(page.changes) == ITEMS_MAX
+        return not restored and len(page.changes) == ITEMS_MAX
 
     @property
     def _serial(self) -> int:
@@ -231,7 +231,9 @@ class Redeemer:
     async def _send_batch(self, journal: bytes, items: list[Item]) -> set[bytes]:
         lines = [_line(item) for item in items]
         try:
-            answer = await self._link.escrow.redeem(journal, self._journal.serial, lines)
+            answer = await self._link.contact(
+                self._link.escrow.redeem(journal, self._journal.serial, lines)
+            )
         except EscrowRefused as error:
             if error.status not in BATCH_REFUSED:
                 raise
