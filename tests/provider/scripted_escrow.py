@@ -27,6 +27,7 @@ class Held:
     released: int = 0
     state: str = "locked"
     change: int = 0
+    journal: str = ""
 
     def as_json(self, session: bytes) -> dict[str, Any]:
         """The session in a verdict, or in a list of changes."""
@@ -69,8 +70,8 @@ class ScriptedEscrow:
         return [body for path, body in self.calls if path == what]
 
     def change(self, session: bytes, **changes: Any) -> None:
-        """Something happens to a session; the journals hear of it."""
-        held = self.sessions.setdefault(session, Held())
+        """Something happens to a session; its journal, the newest if it is new, hears of it."""
+        held = self.sessions.setdefault(session, Held(journal=list(self.serials)[-1]))
         for name, value in changes.items():
             setattr(held, name, value)
         held.change = 1 + max(one.change for one in self.sessions.values())
@@ -106,12 +107,14 @@ class ScriptedEscrow:
         seen = self.serials[body["journal"]]
         self.serials[body["journal"]] = max(seen, int(body["serial"]))
         if path.endswith("/changes"):
-            return 200, {"serial": seen, **self._changes(int(body["since"]), int(body["limit"]))}
+            return 200, {"serial": seen, **self._changes(body)}
         return self._redeem(body["items"], seen)
 
-    def _changes(self, since: int, limit: int) -> dict[str, Any]:
+    def _changes(self, query: Any) -> dict[str, Any]:
+        since = int(query["since"])
         held = sorted(self.sessions.items(), key=lambda pair: pair[1].change)
-        page = [pair for pair in held if pair[1].change > since][:limit]
+        mine = [pair for pair in held if pair[1].journal == query["journal"]]
+        page = [pair for pair in mine if pair[1].change > since][: int(query["limit"])]
         changes = [one.as_json(session) for session, one in page]
         return {"next": page[-1][1].change if page else since, "changes": changes}
 
