@@ -9,6 +9,7 @@ from typing import TypeVar
 import httpx
 
 from x402mw.core.amounts import Atomic, display
+from x402mw.core.errors import X402mwError
 from x402mw_client.closing import close_all, close_lost
 from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
@@ -58,17 +59,22 @@ class Wallet:
         check_secure(httpx.URL(escrow))
         self._api_key = api_key
         self._memory = Memory(path)
-        self.state = WalletState(
-            escrow=escrow,
-            limits=limits,
-            deposit=deposit,
-            memory=self._memory,
-            clock=clock,
-            escrow_root=escrow_root,
-            aliases=escrow_aliases,
-            buffer_limit=buffer_limit,
-            on_payment=on_payment,
-        )
+        try:
+            self.state = WalletState(
+                escrow=escrow,
+                limits=limits,
+                deposit=deposit,
+                memory=self._memory,
+                clock=clock,
+                escrow_root=escrow_root,
+                aliases=escrow_aliases,
+                buffer_limit=buffer_limit,
+                on_payment=on_payment,
+            )
+        except X402mwError:
+            # A wallet that does not come about must not keep its file locked.
+            self._memory.close()
+            raise
 
     def __repr__(self) -> str:
         return f"Wallet(escrow={self.state.escrow!r})"
