@@ -262,6 +262,17 @@ async def test_the_faucet_gives_once(tmp_path: Path) -> None:
         assert await m.balance(agent) == "1.00"
 
 
+async def test_one_address_claims_a_few_times_a_day(tmp_path: Path) -> None:
+    """Contract: claims are counted by source address, which a local proxy may pass on."""
+    async with market(tmp_path, faucet_claims_per_source=2) as m:
+        statuses = []
+        for host in ("203.0.113.9", "203.0.113.9", "203.0.113.9", "203.0.113.10"):
+            agent = await m.escrow.new_agent()
+            headers = {**agent.headers, "X-Forwarded-For": host}
+            statuses.append((await m.http.post("/faucet/claim", headers=headers)).status_code)
+        assert statuses == [200, 200, 429, 200]
+
+
 async def test_the_faucet_has_a_daily_ceiling(tmp_path: Path) -> None:
     """Contract: all claims of a UTC day stay under one ceiling; tomorrow it gives again."""
     async with market(tmp_path, faucet_daily=to_atomic("2.50")) as m:

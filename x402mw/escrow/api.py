@@ -292,6 +292,7 @@ async def close(request: Request) -> Response:
 
 
 async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Close) -> Operation:
+    # Its fields were validated as parts of another body, and the amount is atomic by now.
     item = bodies.RedemptionItem.model_construct(
         voucher=body.voucher, escrow_id=escrow_id, amount=body.amount or ZERO, final=True
     )

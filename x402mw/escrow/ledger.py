@@ -99,7 +99,7 @@ class Ledger:
         finally:
             self._running -= {key}
 
-    async def refresh(self, caller: str | None) -> None:
+    async def refresh(self, caller: str) -> None:
         """Applies the deadlines of an agent before something of it is read."""
         query = select(schema.escrows.c.escrow_id).where(
             deadlines.due_before(self.now()), deadlines.of_party(caller)

@@ -3,7 +3,6 @@
 Nothing about money is decided here. `docs/escrow.md` lists the answers.
 """
 
-import logging
 import re
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
@@ -27,8 +26,7 @@ BODY_BYTES_MAX = 64 * 1024
 FIELD_CHARACTERS_MAX = 100
 PROBLEM_TYPE = "application/problem+json"
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
-_CODES = {404: "not_found", 405: "method_not_allowed", 400: "malformed"}
-_log = logging.getLogger("x402mw.escrow")
+_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -36,7 +34,7 @@ Model = TypeVar("Model", bound=BaseModel)
 async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[str, Any]:
     """Reads a JSON object of limited size; no body at all is an empty object."""
     raw = bytearray()
-    if int(_header_number(request, "content-length")) > bytes_max:
+    if _announced_bytes(request) > bytes_max:
         raise _too_large(bytes_max)
     async for chunk in request.stream():
         raw += chunk
@@ -48,11 +46,11 @@ async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[s
         raise Refused(400, "malformed", str(error)) from None
 
 
-def _header_number(request: Request, name: str) -> str:
-    text = request.headers.get(name, "0")
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise Refused(400, "malformed", f"{name} is not a number")
-    return text
+def _announced_bytes(request: Request) -> int:
+    text = request.headers.get("content-length", "0")
+    if not _NUMBER.fullmatch(text):
+        raise Refused(400, "malformed", "Content-Length is not a number")
+    return int(text)
 
 
 def _too_large(bytes_max: int) -> Refused:
