@@ -50,11 +50,13 @@ def control(wallet: WalletState, session: Session, body: dict[str, Any]) -> Stor
 
 def resolve_doubts(wallet: WalletState, now: float) -> Story[int]:
     """Asks providers about calls nobody waits for any more; returns how many became certain."""
-    sessions = list(wallet.purse.sessions.values())
-    doubts = [call for session in sessions for call in session.doubts()]
     known = 0
-    for call in doubts[:DOUBTS_AT_ONCE]:
-        known += yield from resolve(wallet, call, now)
+    for session in list(wallet.purse.sessions.values()):
+        for call in session.doubts()[:DOUBTS_AT_ONCE]:
+            try:
+                known += yield from resolve(wallet, call, now)
+            except httpx.TransportError:
+                break
     return known
 
 
@@ -64,10 +66,7 @@ def resolve(wallet: WalletState, call: Call, now: float) -> Story[bool]:
     A call that is still unknown is freed only when no form of it can be admitted any more *and*
     somebody answered: silence proves nothing.
     """
-    try:
-        answer = yield from control(wallet, call.session, {"op": "receipt", "seq": str(call.seq)})
-    except httpx.TransportError:
-        return False
+    answer = yield from control(wallet, call.session, {"op": "receipt", "seq": str(call.seq)})
     word = _read_receipt_word(answer, call.seq)
     if word is not None and word.final:
         wallet.purse.settle(call, word.charge, word)

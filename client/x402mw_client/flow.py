@@ -147,14 +147,15 @@ class Payment:
     # Signing.
 
     def _sign(self) -> Story[tuple[Call, Form]]:
+        if self.signings == SIGNINGS_MAX and self.call is None:
+            raise PaymentRefused("the provider refused every form of the payment")
         if self.signings == SIGNINGS_MAX:
             raise self._unknown("the provider refused every form of the payment")
         self.signings += 1
         for _ in range(STALE_MAX):
             try:
-                held = 0 if self.call is None else self.call.hold
                 session = yield from funded_session(
-                    self.wallet, self.request.origin, self.offer, held
+                    self.wallet, self.request.origin, self.offer, self.call
                 )
                 return (yield from self._sign_in(session))
             except Stale:
@@ -285,6 +286,11 @@ class Payment:
 
     def _refused(self, call: Call, answer: httpx.Response, word: Word) -> Story[None]:
         """Follows the fresh terms of a 402, with the same seq."""
+        if call.charge is not None:
+            # It was settled, and its row is gone since: another form would pay a second time.
+            raise PaidOutcomeGone(
+                "the call was paid, but its answer is not kept", charge=call.charge
+            )
         fresh = yield from learn(self.wallet, self.request, answer)
         self.offer = fresh or self.offer
         if self.offer.terms.journal != call.session.offer.terms.journal:

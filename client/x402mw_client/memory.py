@@ -49,8 +49,8 @@ class Memory:
     def close(self) -> None:
         """Closes the file, if there is one."""
         if self._db is not None:
+            # Kept as it is: what cannot be remembered any more must fail, not be forgotten.
             self._db.close()
-            self._db = None
 
     def set(self, name: str, value: str) -> None:
         """Remembers a setting."""

@@ -1,9 +1,11 @@
 """What providers ask: reading a 402, remembering offers, and probing unknown routes sparingly."""
 
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import httpx
@@ -22,9 +24,13 @@ from x402mw_client.steps import Outgoing
 ACCEPTS_BYTES_MAX = 1400
 """A longer offer would not fit, together with token and voucher, into a payment header of 4 KiB."""
 ORIGINS_MAX = 1024
+PLACES_MAX = 8192
 OFFERS_PER_ORIGIN_MAX = 256
 # An absolute path of its own origin and nothing else: no host, no query, no way up.
 _CONTROL = re.compile(r"/(?!/)[A-Za-z0-9._~/-]*", re.ASCII)
+
+
+_pattern = lru_cache(maxsize=1024)(compile_template)
 
 
 def read_accepts(answer: httpx.Response) -> list[dict[str, Any]]:
@@ -84,7 +90,7 @@ def covers(offer: Offer, method: str, path: str) -> bool:
     """Whether the offer's route is the route of this request."""
     terms = offer.terms
     same_method = terms.method == priced_method(method)
-    return same_method and compile_template(terms.route).match(path) is not None
+    return same_method and _pattern(terms.route).match(path) is not None
 
 
 def choose(
@@ -106,25 +112,28 @@ class LearntOffers:
     """Offers by origin, the latest last; bounded, the oldest forgotten first."""
 
     _origins: OrderedDict[str, list[Offer]] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def learn(self, origin: str, offer: Offer) -> None:
         """Remembers an offer in place of any older one for its route."""
         terms = offer.terms
         route = (terms.method, terms.route)
-        kept = [
-            known
-            for known in self._origins.get(origin, ())
-            if (known.terms.method, known.terms.route) != route
-        ]
-        self._origins[origin] = [*kept[1 - OFFERS_PER_ORIGIN_MAX :], offer]
-        self._origins.move_to_end(origin)
-        if len(self._origins) > ORIGINS_MAX:
-            self._origins.popitem(last=False)
+        with self._lock:
+            kept = [
+                known
+                for known in self._origins.get(origin, ())
+                if (known.terms.method, known.terms.route) != route
+            ]
+            self._origins[origin] = [*kept[1 - OFFERS_PER_ORIGIN_MAX :], offer]
+            self._origins.move_to_end(origin)
+            if len(self._origins) > ORIGINS_MAX:
+                self._origins.popitem(last=False)
 
     def forget(self, origin: str, offer: Offer) -> None:
         """Forgets an offer that turned out not to hold."""
-        kept = [known for known in self._origins.get(origin, ()) if known is not offer]
-        self._origins[origin] = kept
+        with self._lock:
+            kept = [known for known in self._origins.get(origin, ()) if known is not offer]
+            self._origins[origin] = kept
 
     def find(self, request: Outgoing) -> Offer | None:
         """The latest offer that fits; a GET may use what a HEAD learnt, and the other way round."""
@@ -145,26 +154,27 @@ class ProbeGate:
 
     _open: OrderedDict[tuple[str, ...], None] = field(default_factory=OrderedDict)
     _probing: set[tuple[str, ...]] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, request: Outgoing) -> bool:
         """Whether this request may go now; it must `leave` if it went."""
-        for name in _places(request):
-            if name not in self._open:
-                if name in self._probing:
-                    return False
-                self._probing.add(name)
-                return True
-        return True
+        with self._lock:
+            unknown = [name for name in _places(request) if name not in self._open][:1]
+            if self._probing.intersection(unknown):
+                return False
+            self._probing.update(unknown)
+            return True
 
     def leave(self, request: Outgoing, *, answered: bool) -> None:
         """Ends a probe; an answer of any kind opens the gate."""
-        for name in _places(request):
-            self._probing.discard(name)
-            if answered:
-                self._open[name] = None
-                self._open.move_to_end(name)
-        while len(self._open) > ORIGINS_MAX:
-            self._open.popitem(last=False)
+        with self._lock:
+            for name in _places(request):
+                self._probing.discard(name)
+                if answered:
+                    self._open[name] = None
+                    self._open.move_to_end(name)
+            while len(self._open) > PLACES_MAX:
+                self._open.popitem(last=False)
 
 
 def _places(request: Outgoing) -> Iterator[tuple[str, ...]]:

@@ -133,7 +133,9 @@ class Purse:
         bounds = self.bounds
         if amount > bounds.per_request:
             raise _exceeded("per_request", bounds.per_request, amount)
-        if self.spent() + more > bounds.total:
+        with self.lock:
+            spent_in_all = self.spent()
+        if spent_in_all + more > bounds.total:
             raise _exceeded("total", bounds.total, amount)
         spent = 0 if session is None else session.spent
         if bounds.session is not None and spent + more > bounds.session:
@@ -155,7 +157,7 @@ class Purse:
         Raises `LimitExceeded`, `AccountsDiffer`, or `Stale` when cover or another session is due.
         """
         with self.lock:
-            held = 0 if call is None else call.hold
+            held = session.held_by(call)
             more = max(0, offer.terms.amount - held)
             self.check(offer.terms.amount, more, session)
             if session.state is State.DIFFERS:
@@ -229,7 +231,7 @@ class Purse:
         with self.lock:
             if not session.drop(call):
                 return
-            booked = Atomic(min(charge, call.hold))
+            booked = call.charge = Atomic(min(charge, call.hold))
             session.charged = Atomic(session.charged + booked)
             if word is not None:
                 _note_totals(session, word)

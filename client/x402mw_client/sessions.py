@@ -9,7 +9,7 @@
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from x402mw.core import ids
@@ -25,6 +25,9 @@ LAST_SECONDS = 600
 """A session takes no new calls this long before it ends at the escrow."""
 RENEW_SECONDS = 180
 """A token is renewed this long before it expires."""
+
+
+_peek = lru_cache(maxsize=256)(peek_session_token)
 
 
 class State(StrEnum):
@@ -71,9 +74,10 @@ class Form:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A signed call whose charge is not known yet. `hold` is the largest amount of its forms.
+    """One logical request that was signed for. `hold` is the largest amount of its forms.
 
     `url` has no query, which may hold secrets. `in_flight`: somebody waits for its answer.
+    `charge` is set once it is settled; then nothing is ever signed for it again.
     """
 
     session: "Session"
@@ -84,6 +88,7 @@ class Call:
     forms: list[Form] = field(default_factory=list)
     sendings: int = 0
     in_flight: bool = True
+    charge: Atomic | None = None
 
     def form_of(self, commitment: str) -> Form | None:
         """The form with this commitment id, if we ever signed it."""
@@ -148,17 +153,21 @@ class Session:
 
     def opened_token(self) -> SessionToken:
         """What the current token says."""
-        return peek_session_token(self.token)
+        return _peek(self.token)
 
     def takes_calls(self, now: float) -> bool:
         """Whether a new call may be signed in this session."""
         return self.state is State.OPEN and now < self.expires_at - LAST_SECONDS
 
+    def held_by(self, call: Call | None) -> int:
+        """What a call holds now."""
+        return call.hold if call is not None and call.seq in self.calls else 0
+
     def hold(self, call: Call, amount: int) -> None:
-        """Raises what a call holds to `amount`."""
-        more = max(0, amount - call.hold)
-        call.hold = Atomic(call.hold + more)
-        self.held = Atomic(self.held + more)
+        """Raises what a call holds to `amount`; it never holds less than its largest form."""
+        before = self.held_by(call)
+        call.hold = Atomic(max(call.hold, amount))
+        self.held = Atomic(self.held + call.hold - before)
         self.calls[call.seq] = call
 
     def drop(self, call: Call) -> bool:
@@ -170,7 +179,7 @@ class Session:
 
     def doubts(self) -> list[Call]:
         """Calls that nobody is waiting on and whose charge is unknown."""
-        return [call for call in self.calls.values() if not call.in_flight]
+        return [call for call in list(self.calls.values()) if not call.in_flight]
 
 
 def session_key(origin: str, terms: Terms) -> tuple[str, str, bytes]:

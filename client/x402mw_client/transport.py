@@ -26,7 +26,7 @@ class PaymentTransport(httpx.AsyncBaseTransport):
 
     `httpx.AsyncClient(transport=PaymentTransport(wallet))`. When it is closed it closes the
     wallet's sessions, so that their rest returns, unless `keep_sessions`. `inner` must not retry by
-    itself. The cost of a call is in `response.extensions["x402mw_payment"]`.
+    itself. The cost of a call is in `response.extensions["x402mw_payment"]`. For asyncio.
     """
 
     def __init__(

@@ -22,8 +22,10 @@ from x402mw.core.keys import public_key
 from x402mw.core.tokens import peek_session_token
 from x402mw_client import operations
 from x402mw_client.operations import EscrowRecord
+from x402mw_client.purse import Stale
 from x402mw_client.sessions import (
     RENEW_SECONDS,
+    Call,
     Offer,
     Session,
     State,
@@ -62,10 +64,12 @@ def trust(wallet: WalletState) -> Story[None]:
 # A session that can take the next call.
 
 
-def funded_session(wallet: WalletState, origin: str, offer: Offer, held: int) -> Story[Session]:
+def funded_session(
+    wallet: WalletState, origin: str, offer: Offer, call: Call | None
+) -> Story[Session]:
     """Finds or opens a session for an offer, with a fresh token and cover for one more call.
 
-    `held` is what the call holds already. Policy comes first: what the limits refuse locks nothing.
+    `call` may hold some of it already. Policy comes first: what the limits refuse locks nothing.
     """
     key, amount = session_key(origin, offer.terms), offer.terms.amount
     session = wallet.purse.usable(key)
@@ -77,7 +81,9 @@ def funded_session(wallet: WalletState, origin: str, offer: Offer, held: int) ->
             with wallet.sections.leaving(("open", key)):
                 session = yield from _open(wallet, origin, offer)
     yield from _fresh_token(wallet, session)
-    yield from _cover(wallet, session, offer, max(0, amount - held))
+    if not session.takes_calls(wallet.clock()):
+        raise Stale
+    yield from _cover(wallet, session, offer, max(0, amount - session.held_by(call)))
     return session
 
 

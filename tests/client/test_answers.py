@@ -344,3 +344,32 @@ def _limits(**more: Any) -> Any:
     from x402mw_client import Limits
 
     return Limits(**{"per_request": "0.01", "total": "1.00"} | more)
+
+
+async def test_a_paid_call_is_never_signed_for_again(world: World) -> None:
+    """Resumed long after it was settled and forgotten, a call raises instead of paying twice."""
+    await warm(world)
+    world.provider.script = [world.provider.lose_answer] * 4
+    with pytest.raises(PaymentOutcomeUnknown) as unknown:
+        await world.get("/item/a")
+    await world.resume(unknown.value.handle)
+    world.provider.rows.clear()
+    world.clock.now += 1000
+    with pytest.raises(PaidOutcomeGone):
+        await world.resume(unknown.value.handle)
+    assert (world.provider.ran, world.money()) == (2, (2000, 0))
+
+
+async def test_a_call_that_was_given_up_is_held_anew(world: World) -> None:
+    """A dead call that was freed holds its amount again when it is resumed."""
+    await warm(world)
+    world.provider.script = [world.provider.lose_request] * 4
+    with pytest.raises(PaymentOutcomeUnknown) as unknown:
+        await world.get("/item/a")
+    call = next(iter(world.session.calls.values()))
+    world.wallet.state.purse.free(call)
+    world.clock.now += 500
+    world.provider.script = [world.provider.honest, world.provider.answer(200)]
+    assert (await world.resume(unknown.value.handle)).text == "proxy"
+    assert world.money() == (1000, 1000)
+    assert len(seqs(world)) == 1
