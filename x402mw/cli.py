@@ -23,6 +23,7 @@ from x402mw.core.strict import b64url_encode
 
 if TYPE_CHECKING:
     from x402mw.escrow.ledger import Ledger
+    from x402mw.escrow.settings import Settings
 
 ROOT_KEY_VARIABLE = "X402MW_ROOT_KEY"
 DATABASE = "x402mw-escrow.db"
@@ -82,6 +83,8 @@ def serve(
         faucet_daily=to_atomic(faucet_daily),
         faucet_claims_per_source=faucet_per_source,
     )
+    # Opened once before anyone is served, so that what is wrong with it is told in one line.
+    _run(lambda: _open_once(settings))
     try:
         sock = server.bind(host, port)
     except OSError as error:
@@ -94,6 +97,13 @@ def serve(
 
     if not server.run(create_app(settings), sock, announce):
         _fail("the escrow did not start")
+
+
+async def _open_once(settings: "Settings") -> None:
+    from x402mw.escrow.ledger import visit_ledger
+
+    async with visit_ledger(settings, time.time):
+        pass
 
 
 @escrow.command()
@@ -120,7 +130,8 @@ def check(db: Database = DATABASE) -> None:
     """Prove a whole database: balances, fees, every escrow, the hash chain."""
     from x402mw.escrow.books import audit
 
-    violations = _run(db, lambda: audit(db))
+    _check_exists(db)
+    violations = _run(lambda: audit(db))
     for violation in violations:
         typer.echo(violation)
     if violations:
@@ -137,32 +148,33 @@ def rotate_key(db: Database = DATABASE) -> None:
 
 def _with_ledger(db: str, use: "Callable[[Ledger], Awaitable[Result]]") -> Result:
     """Opens an existing database beside the service, uses it and lets go of it."""
-    from x402mw.escrow.ledger import find_network, open_ledger
+    from x402mw.escrow.ledger import find_network, visit_ledger
     from x402mw.escrow.settings import Settings
 
+    _check_exists(db)
     root_seed = _root_seed(db, may_create=False)
 
     async def run() -> Result:
         settings = Settings(db, root_seed, network=await find_network(db))
-        ledger = await open_ledger(settings, time.time, serving=False)
-        try:
+        async with visit_ledger(settings, time.time) as ledger:
             return await use(ledger)
-        finally:
-            await ledger.close()
 
-    return _run(db, run)
+    return _run(run)
 
 
-def _run(db: str, work: Callable[[], Coroutine[None, None, Result]]) -> Result:
-    """Runs work on an existing database; what the database objects to is one line."""
-    from sqlalchemy.exc import SQLAlchemyError
-
+def _check_exists(db: str) -> None:
     from x402mw.escrow.database import database_file
 
     file = database_file(db)
+    if file is not None and not file.exists():
+        _fail(f"there is no database {file}")
+
+
+def _run(work: Callable[[], Coroutine[None, None, Result]]) -> Result:
+    """Runs work on a database; what the database objects to is one line."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
-        if file is not None and not file.exists():
-            _fail(f"there is no database {file}")
         return asyncio.run(work())
     except (OSError, SQLAlchemyError) as error:
         reason = str(getattr(error, "orig", error)).partition("\n")[0]

@@ -111,6 +111,7 @@ def test_commands_refuse_in_one_line(
         ("escrow", "deposit", "--db", lost, "ag_" + "0" * 32, "1"),
         ("escrow", "deposit", "--db", lost, "ag_" + "0" * 32, "x"),
         ("escrow", "serve", "--db", str(tmp_path / "x.db"), "--host", "203.0.113.7"),
+        ("escrow", "serve", "--db", broken, "--port", "0"),
         ("escrow", "serve", "--db", str(tmp_path / "x.db"), "--network", "Main!", "--port", "0"),
         ("register", "--escrow", "http://127.0.0.1:1", "x"),
     ):

@@ -176,6 +176,16 @@ async def open_ledger(settings: Settings, clock: Clock, *, serving: bool) -> Led
     return ledger
 
 
+@asynccontextmanager
+async def visit_ledger(settings: Settings, clock: Clock) -> AsyncIterator[Ledger]:
+    """Opens the books beside the service, for a command; or before it, to see that they open."""
+    ledger = await open_ledger(settings, clock, serving=False)
+    try:
+        yield ledger
+    finally:
+        await ledger.close()
+
+
 async def find_network(url: str) -> str:
     """The network name of a database that exists: what a command beside the service needs."""
     async with database.visiting(url) as connection:
