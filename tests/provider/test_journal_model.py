@@ -214,5 +214,5 @@ class JournalAndModel(RuleBasedStateMachine):
             assert self.journal.unredeemed == total
 
 
-JournalAndModel.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+JournalAndModel.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestJournalAndModel = JournalAndModel.TestCase

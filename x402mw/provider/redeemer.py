@@ -108,12 +108,17 @@ class Redeemer:
                 await self._round()
                 self._failures = 0
             except X402mwError as error:
-                self._failures += 1
+                self._fail()
                 log.warning("the escrow could not be used: %s", error)
             except Exception:
-                self._failures += 1
+                self._fail()
                 log.exception("a round of redeeming failed")
             await self._pause()
+
+    def _fail(self) -> None:
+        """Has the next round begin with a contact, which tells whether the escrow is away."""
+        self._failures += 1
+        self._contact_at = float("-inf")
 
     async def _round(self) -> None:
         if not self._met or _now() - self._contact_at >= self._contact_seconds:

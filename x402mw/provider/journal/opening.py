@@ -63,7 +63,9 @@ def resume(transaction: Transaction) -> int:
     Returns the number of calls settled, or raises `JournalCorrupt`.
     """
     settled = recover(transaction)
-    ((unredeemed, reserved),) = transaction.select(rows.READ_ALL_UNREDEEMED)
-    if unredeemed != transaction.totals.unredeemed or reserved != 0:
+    sums = transaction.select(rows.READ_SUMS)
+    totals = transaction.totals
+    # Nothing is reserved any more, for no call is open.
+    if sums != [(totals.unredeemed, totals.outcome_bytes, 0)]:
         raise JournalCorrupt("the journal's totals are not the sums of its rows; restore a backup")
     return settled

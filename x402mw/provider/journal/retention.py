@@ -5,7 +5,6 @@ have gone back, `forgotten_until` still refuses it.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from x402mw.core.gate import TERMS_GRACE_SECONDS
 from x402mw.provider.journal import rows
@@ -21,14 +20,13 @@ def forget(transaction: Transaction) -> bool:
 
     Runs before any operation of its transaction has read a row.
     """
-    now = int(transaction.now)
+    now, totals = int(transaction.now), transaction.totals
     calls = transaction.select(rows.FORGETTABLE_CALLS, (now, FORGET_AT_ONCE))
     for session, seq, forget_at in calls:
         transaction.write(rows.DROP_CALL, (session, seq))
         for (size,) in transaction.write(rows.DROP_OUTCOME_OF, (session, seq)):
-            transaction.count_outcomes(-size)
-        until = max(transaction.totals.forgotten_until, forget_at)
-        transaction.totals = replace(transaction.totals, forgotten_until=until)
+            totals.outcome_bytes -= size
+        totals.forgotten_until = max(totals.forgotten_until, forget_at)
     limits = (now - SESSION_KEEP_SECONDS, FORGET_AT_ONCE)
     ended = transaction.select(rows.FORGETTABLE_SESSIONS, limits)
     for (session,) in ended:

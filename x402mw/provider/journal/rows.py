@@ -15,9 +15,9 @@ from x402mw.core.sessions import Account, SessionState
 Values = tuple[Any, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Totals:
-    """What is true of the whole journal.
+    """What is true of the whole journal; each transaction has a copy of its own to change.
 
     `serial` counts committed batches; a journal whose serial is below one the escrow has seen is a
     restored backup. `forgotten_until` is the latest `forget_at` of a pruned call.
@@ -196,10 +196,12 @@ OWED_SESSIONS = (
     ORDER BY claim_until LIMIT :limit
 """
 )
-READ_ALL_UNREDEEMED = """
-    SELECT coalesce(sum(max(0, charged + reserved - max(redeemed, released))), 0),
-           coalesce(sum(reserved), 0)
-    FROM sessions WHERE written_off IS NULL
+READ_SUMS = """
+    SELECT
+        (SELECT coalesce(sum(max(0, charged + reserved - max(redeemed, released))), 0)
+         FROM sessions WHERE written_off IS NULL),
+        (SELECT coalesce(sum(size), 0) FROM outcomes),
+        (SELECT coalesce(sum(reserved), 0) FROM sessions)
 """
 
 READ_SETTINGS = "SELECT key, value FROM settings"

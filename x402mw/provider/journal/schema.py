@@ -89,11 +89,11 @@ CREATE TABLE outcomes (
     id          INTEGER PRIMARY KEY,
     session     BLOB    NOT NULL,
     seq         INTEGER NOT NULL,
+    size        INTEGER NOT NULL CHECK (size >= 0),  -- of headers and body, in bytes
     status      INTEGER NOT NULL,
+    credentials BLOB    NOT NULL,
     headers     TEXT    NOT NULL,
     body        BLOB    NOT NULL,
-    credentials BLOB    NOT NULL,
-    size        INTEGER NOT NULL,
     UNIQUE (session, seq)
 ) STRICT;
 

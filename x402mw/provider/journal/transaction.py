@@ -49,10 +49,10 @@ class Transaction:
     def put_session(self, row: SessionRow) -> None:
         """Writes a session, keeping `owed_since` and the total of what is unredeemed true."""
         before = self.session(row.id)
-        owed_since = (row.owed_since or int(self.now)) if row.owed else None
-        row = replace(row, owed_since=owed_since)
+        if (row.owed > 0) != (row.owed_since is not None):
+            row = replace(row, owed_since=int(self.now) if row.owed else None)
         grown = row.unredeemed - (before.unredeemed if before else 0)
-        self.totals = replace(self.totals, unredeemed=Atomic(self.totals.unredeemed + grown))
+        self.totals.unredeemed = Atomic(self.totals.unredeemed + grown)
         self._sessions[row.id] = self._new_sessions[row.id] = row
 
     def call(self, session: bytes, seq: int) -> CallRow | None:
@@ -92,20 +92,16 @@ class Transaction:
         """Stores an answer; the oldest make room for it."""
         *values, size = rows.write_outcome(outcome)
         self.write(rows.WRITE_OUTCOME, (session, seq, *values, size))
-        self.count_outcomes(size)
+        self.totals.outcome_bytes += size
         while self.totals.outcome_bytes > self._outcome_bytes_max:
             self._drop_oldest_outcomes()
-
-    def count_outcomes(self, size: int) -> None:
-        """Counts the bytes of stored answers up, or down."""
-        self.totals = replace(self.totals, outcome_bytes=self.totals.outcome_bytes + size)
 
     def _drop_oldest_outcomes(self) -> None:
         for name, size in self.select(rows.OLDEST_OUTCOMES, (OLDEST_AT_ONCE,)):
             if self.totals.outcome_bytes <= self._outcome_bytes_max:
                 return
             self.write(rows.DROP_OUTCOME, (name,))
-            self.count_outcomes(-size)
+            self.totals.outcome_bytes -= size
 
     # Everything else.
 
@@ -123,7 +119,7 @@ class Transaction:
         """Writes everything; tells whether there is anything to commit."""
         self._flush()
         if self._changed:
-            self.totals = replace(self.totals, serial=self.totals.serial + 1)
+            self.totals.serial += 1
             self._connection.execute(rows.WRITE_TOTALS, astuple(self.totals))
         return self._changed
 

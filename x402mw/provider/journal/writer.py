@@ -71,7 +71,6 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="x402mw-journal", daemon=True)
         self.stopped = False
         self._forget_at = 0.0
-        self.commits = 0
         self.totals: Totals = self.run(lambda transaction: transaction.totals)
 
     def start(self) -> None:
@@ -105,25 +104,22 @@ class Writer:
     # The thread.
 
     def _run(self) -> None:
-        going = True
-        while going:
-            jobs, going = self._take()
+        while jobs := self._take():
             for done in _by_loop(self._transact(jobs)):
                 _deliver(done)
 
-    def _take(self) -> tuple[list[Job[Any]], bool]:
-        """Waits for a job, and takes all that are there; False when there will be no more."""
+    def _take(self) -> list[Job[Any]]:
+        """Waits for a job and takes all that are there; none means that there will be no more."""
         jobs: list[Job[Any]] = []
         job = self._jobs.get()
-        try:
-            while job is not None and len(jobs) < BATCH_MAX - 1:
-                jobs.append(job)
-                job = self._jobs.get_nowait()
-        except queue.Empty:
-            return jobs, True
-        if job is not None:
+        while job is not None:
             jobs.append(job)
-        return jobs, job is not None
+            if len(jobs) == BATCH_MAX or self._jobs.empty():
+                return jobs
+            job = self._jobs.get()
+        if jobs:
+            self._jobs.put(None)
+        return jobs
 
     def _transact(self, jobs: list[Job[Any]]) -> list[Done]:
         try:
@@ -131,8 +127,8 @@ class Writer:
         except (sqlite3.IntegrityError, sqlite3.DataError) as error:
             return self._again(jobs, error)
         except sqlite3.DatabaseError as error:
-            problem = JournalUnavailable(f"the journal cannot be written: {error}")
-            return [Done(job, error=problem) for job in jobs]
+            problem = f"the journal cannot be written: {error}"
+            return [Done(job, error=JournalUnavailable(problem)) for job in jobs]
         except Exception as error:
             return self._again(jobs, error)
 
@@ -164,7 +160,6 @@ class Writer:
     def _commit(self, transaction: Transaction) -> None:
         if transaction.finish():
             self._connection.execute("COMMIT")
-            self.commits += 1
             self.totals = transaction.totals
 
     def _rollback(self) -> None:
