@@ -141,7 +141,11 @@ _SELECT_CALL = """
 """
 READ_CALL = _SELECT_CALL + "WHERE session = ? AND seq = ?"
 READ_UNSETTLED = _SELECT_CALL + "WHERE state <> 'settled'"
-COUNT_UNSETTLED = "SELECT count(*) FROM calls WHERE session = ? AND state <> 'settled'"
+# Left to itself SQLite would go through all calls of the session, which may be very many.
+COUNT_UNSETTLED = """
+    SELECT count(*) FROM calls INDEXED BY calls_unsettled
+    WHERE session = ? AND state <> 'settled'
+"""
 WRITE_CALL = """
     INSERT INTO calls (session, seq, commitment, terms, amount, state, forget_at,
         mark, mark_units, charge, used)
