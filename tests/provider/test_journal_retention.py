@@ -131,6 +131,18 @@ async def test_sessions_go_a_day_after_they_ended(journal: Journal, clock: Clock
     assert journal.unredeemed == 0
 
 
+async def test_what_is_owed_is_never_forgotten(journal: Journal, clock: Clock, path: str) -> None:
+    """A session whose last call settled after it had ended stays until that is resolved."""
+    call = await admitted(journal, claim(1))
+    await journal.apply_verdicts([Report(SESSION, Atomic(0), Atomic(0), ended=True)])
+    await journal.settle(call, used=0, outcome=None)
+    clock.now = TOKEN.claim_until + 2 * DAY
+    assert await journal.account(SESSION) is not None
+    assert journal.unredeemed == 1000
+    journal.close()
+    Journal.open(path, clock=clock).close()
+
+
 async def test_grace_of_terms_survives_a_restart(path: str) -> None:
     """Terms no longer offered are remembered with the time since when, across restarts."""
     clock = Clock()

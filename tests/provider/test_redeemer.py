@@ -19,7 +19,7 @@ from x402mw.core.errors import EscrowRefused, EscrowUnavailable
 from x402mw.core.gate import Claim, Refused
 from x402mw.core.ids import JOURNAL, format_id
 from x402mw.core.sessions import SessionState
-from x402mw.provider.journal import Journal
+from x402mw.provider.journal import Journal, JournalUnavailable
 from x402mw.provider.journal.redemption import REST_SECONDS
 from x402mw.provider.link import EscrowLink
 from x402mw.provider.redeemer import Redeemer
@@ -272,6 +272,10 @@ async def test_a_poisoned_batch_is_taken_apart(shop: Shop) -> None:
     await shop.redeemer.redeem_all()
     assert len(shop.escrow.sessions) == 18
     assert shop.journal.unredeemed == 2000
+    shop.escrow.poison.clear()
+    shop.clock.now += REST_SECONDS
+    await shop.redeemer.redeem_all()
+    assert shop.journal.unredeemed == 0
 
 
 async def test_sent_is_written_before_it_is_sent(shop: Shop, path: Path) -> None:
@@ -531,6 +535,30 @@ async def test_the_task_outlives_its_own_mistakes(
     await shop.sell(A)
     shop.clock.now += 5
     await until(lambda: shop.journal.unredeemed == 0)
+
+
+async def test_a_long_outage_does_not_end_the_task(shop: Shop) -> None:
+    """After thousands of failures the task still comes back, at the longest pause."""
+    shop.redeemer._failures = 10_000
+    shop.redeemer._round_seconds = 1e-9
+    with anyio.fail_after(1):
+        await shop.redeemer._pause()
+
+
+async def test_the_new_id_is_told_until_it_is_heard(shop: Shop) -> None:
+    """If offers cannot be made anew when the journal is replaced, that is tried again."""
+    heard: list[bytes] = []
+
+    async def on_replaced() -> None:
+        heard.append(shop.journal.journal_id)
+        if len(heard) == 1:
+            raise JournalUnavailable("full")
+
+    await shop.redeemer.start(on_replaced=on_replaced)
+    shop.escrow.change(A, redeemed=1, released=1)
+    await until(lambda: len(heard) == 2)
+    await until(lambda: not shop.redeemer._untold)
+    assert heard == [shop.journal.journal_id] * 2
 
 
 async def test_starts_with_the_escrow_away(path: Path) -> None:

@@ -28,6 +28,7 @@ ROUND_SECONDS = 0.5
 FIRST_CONTACT_SECONDS = 5.0
 LAST_SECONDS = 5.0
 BACKOFF_SECONDS_MAX = 30.0
+BACKOFF_DOUBLINGS_MAX = 10
 BY_AMOUNT = Atomic(1_000_000)
 BY_AGE_SECONDS = 5
 CLAIM_MARGIN_SECONDS = 120
@@ -69,6 +70,7 @@ class Redeemer:
         self._contact_at = float("-inf")
         self._failures = 0
         self._on_replaced: Replaced | None = None
+        self._untold = False
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, *, on_replaced: Replaced | None = None) -> None:
@@ -130,7 +132,8 @@ class Redeemer:
     async def _pause(self) -> None:
         """Waits for the next round: a nudge shortens it, but not while the escrow is failing."""
         if self._failures:
-            longest = min(BACKOFF_SECONDS_MAX, self._round_seconds * 2**self._failures)
+            doublings = min(self._failures, BACKOFF_DOUBLINGS_MAX)
+            longest = min(BACKOFF_SECONDS_MAX, self._round_seconds * 2**doublings)
             # Jitter, so that many providers do not all return in one moment.
             await asyncio.sleep(longest * random.uniform(0.5, 1))  # noqa: S311 (no secret)
             return
@@ -146,6 +149,7 @@ class Redeemer:
     async def contact(self) -> None:
         """Asks the escrow what changed, and takes it over."""
         async with self._contacting:
+            await self._tell_replaced()
             await self._link.ensure_registered()
             while await self._take_changes():
                 pass
@@ -186,9 +190,14 @@ class Redeemer:
             " more calls; what they owe is still redeemed"
         )
         await self._journal.replace_identity()
-        if self._on_replaced is not None:
-            await self._on_replaced()
+        self._untold = True
+        await self._tell_replaced()
         await self._link.ensure_registered()
+
+    async def _tell_replaced(self) -> None:
+        if self._untold and self._on_replaced is not None:
+            await self._on_replaced()
+        self._untold = False
 
     # Redeeming.
 
@@ -254,7 +263,8 @@ class Redeemer:
     ) -> set[bytes]:
         """Finds the item for whose sake a batch was refused, and redeems all others."""
         if len(items) == 1:
-            return await self._apply([Refusal(items[0].session, error.reason)])
+            # The batch was refused, not the item: that alone never writes anything off.
+            return await self._apply([Refusal(items[0].session, f"batch_{error.reason}")])
         half = len(items) // 2
         first = await self._send_batch(journal, items[:half])
         return first | await self._send_batch(journal, items[half:])

@@ -178,7 +178,8 @@ FORGETTABLE_CALLS = """
 DROP_CALL = "DELETE FROM calls WHERE session = ? AND seq = ?"
 DROP_OUTCOME_OF = "DELETE FROM outcomes WHERE session = ? AND seq = ? RETURNING size"
 FORGETTABLE_SESSIONS = """
-    SELECT id FROM sessions WHERE ended = 1 AND claim_until <= ? AND reserved = 0
+    SELECT id FROM sessions
+    WHERE ended = 1 AND claim_until <= ? AND reserved = 0 AND owed_since IS NULL
     ORDER BY claim_until LIMIT ?
 """
 DROP_SESSION = "DELETE FROM sessions WHERE id = ?"
