@@ -135,10 +135,11 @@ def _close_at_provider(wallet: WalletState, session: Session) -> Story[int | Non
             return None
         if answer.status_code == httpx.codes.OK:
             return _final_charge(wallet, session, answer)
-        pause = retry_after(answer, 1.0)
-        if answer.status_code != httpx.codes.ACCEPTED or wallet.clock() + pause > deadline:
+        left = deadline - wallet.clock()
+        if answer.status_code != httpx.codes.ACCEPTED or left <= 0:
             return None
-        yield Sleep(pause)
+        # Whatever it asks for, it gets its last chance at the deadline.
+        yield Sleep(min(retry_after(answer, 1.0), left))
 
 
 def _final_charge(wallet: WalletState, session: Session, answer: httpx.Response) -> int | None:

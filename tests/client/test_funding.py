@@ -10,10 +10,10 @@ import pytest
 
 from tests.client.scripted import LIMITS, ORIGIN, World, route, sent_payment, sent_voucher
 from tests.support import payments as p
-from x402mw.core.amounts import Atomic
-from x402mw.core.errors import AccountsDiffer, EscrowRefused
+from x402mw.core.amounts import ZERO, Atomic
+from x402mw.core.errors import AccountsDiffer, EscrowRefused, EscrowUnavailable
 from x402mw.core.strict import b64url_encode
-from x402mw_client import Limits
+from x402mw_client import Limits, SyncPaymentTransport
 from x402mw_client.answers import Word
 from x402mw_client.sessions import State, Subject
 
@@ -336,3 +336,100 @@ async def test_a_metered_route(world: World) -> None:
     world.provider.charge = 14
     await world.get("/item/a")
     assert world.money() == (14, 0)
+
+
+async def test_a_failed_opening_is_everybodys_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers who waited for one opening share its failure: the escrow is not asked by each."""
+    monkeypatch.setattr("x402mw_client.operations.PAUSES_SECONDS", (0.0,))
+    world = World("async")
+    await world.get("/item/a")
+    world.session.state = State.ENDED
+    asked = 0
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.01)
+        raise httpx.ConnectError("away")
+
+    world.transport._escrow._client = httpx.AsyncClient(transport=httpx.MockTransport(slow))
+    calls = [world.get(f"/item/{number}") for number in range(20)]
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(error).__name__ for error in found} == {"EscrowUnavailable"}
+    assert asked == 1
+
+
+async def test_a_hanging_probe_holds_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait at most a moment for the head of a probe."""
+    monkeypatch.setattr("x402mw_client.flow.PROBE_SECONDS", 0.02)
+    world = World("async")
+    hangs = asyncio.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if not hangs.is_set():
+            hangs.set()
+            await asyncio.Event().wait()
+        return world.provider(request)
+
+    world.transport._driver._inner = httpx.MockTransport(answer)
+    first = asyncio.create_task(world.get("/item/a"))
+    await hangs.wait()
+    assert (await world.get("/item/b")).text == "ran 1"
+    first.cancel()
+
+
+def test_both_transports_may_share_a_wallet() -> None:
+    """One wallet, one session, whatever the transport: its limits hold for all of them."""
+    world = World("async")
+    asyncio.run(world.get("/item/a"))
+    other = SyncPaymentTransport(world.wallet, world.inner, keep_sessions=True)
+    with httpx.Client(transport=other) as http:
+        assert http.get(f"{ORIGIN}/item/a").text == "ran 2"
+    assert len(world.escrow.sessions) == 1
+    assert world.wallet.spent == 2000
+
+
+async def test_a_top_up_takes_what_the_account_has(world: World) -> None:
+    """With too little for a whole top-up, what covers the call is added; else it is refused."""
+    world.connect(deposit="0.01")
+    world.escrow.balance = 12_000
+    for _ in range(12):
+        await world.get("/item/a")
+    assert (world.session.deposit, world.money()) == (12_000, (12_000, 0))
+    with pytest.raises(EscrowRefused):
+        await world.get("/item/a")
+
+
+async def test_an_expired_token_needs_the_escrow(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the token expired and the escrow away nothing is signed; later it goes on."""
+    monkeypatch.setattr("x402mw_client.operations.PAUSES_SECONDS", (0.0,))
+    await world.get("/item/a")
+    world.clock.now += 601
+    world.escrow.away = True
+    with pytest.raises(EscrowUnavailable):
+        await world.get("/item/a")
+    assert len(world.signed) == 1
+    world.escrow.away = False
+    assert (await world.get("/item/a")).text == "ran 2"
+
+
+async def test_what_was_open_when_memory_was_lost(world: World) -> None:
+    """The open total of an adopted correction stays held until the provider shows none open."""
+    await world.get("/item/a")
+    session = world.session
+    before = (session.cumulative, session.charged, session.total_seen)
+    for _ in range(3):
+        await world.get("/item/a")
+    session.cumulative, session.charged, session.total_seen = before
+    account = world.provider.accounts[session.id]
+    running = p.replace(account, charged=Atomic(3000), reserved=Atomic(1000))
+    world.provider.accounts[session.id] = running
+    world.clock.now += 1
+    assert (await world.get("/item/a")).text == "ran 5"
+    assert world.money() == (4000, 1000)
+    settled = p.replace(world.provider.accounts[session.id], charged=Atomic(4700), reserved=ZERO)
+    world.provider.accounts[session.id] = settled
+    await world.get("/item/a")
+    assert (world.money(), session.state) == ((5700, 0), State.OPEN)
