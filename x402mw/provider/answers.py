@@ -19,6 +19,7 @@ REASON_PREFIX = "invalid_batch_settlement_escrow_"
 PROBLEM_PREFIX = "urn:x402mw:problem:"
 PAYMENT_RESPONSE = headers.PAYMENT_RESPONSE.lower().encode()
 PAYMENT_REQUIRED = headers.PAYMENT_REQUIRED.lower().encode()
+JOURNAL_RETRY_SECONDS = 5
 NO_STORE = (b"cache-control", b"no-store")
 STATES = {CallState.OPEN: "running", CallState.STARTED: "open", CallState.SETTLED: "settled"}
 _TITLES = {
@@ -73,10 +74,11 @@ def payment_response(book: Book, figures: Figures) -> tuple[bytes, bytes]:
         "success": True,
         "transaction": figures.commitment.hex(),
         "network": book.network,
-        "payer": figures.payer,
         "amount": str(figures.charge),
         "extra": extra,
     }
+    if figures.payer:
+        content["payer"] = figures.payer
     if figures.reason:
         content["errorReason"] = REASON_PREFIX + figures.reason
     return PAYMENT_RESPONSE, b64_encode(dumps(content)).encode()
@@ -175,10 +177,10 @@ async def send_problem(
     await send_answer(scope, send, status, [NO_STORE, *(found or [])], body, kind)
 
 
-async def send_unavailable(scope: Scope, send: Send) -> None:
-    """Says that the journal cannot record anything now: nothing is served, nothing charged."""
-    detail = "the provider cannot record payments now; nothing was charged"
-    await send_problem(scope, send, 503, "journal", detail, found=[(b"retry-after", b"5")])
+def unavailable() -> Refused:
+    """The refusal of a payment while the journal cannot be used; the same bytes may pass later."""
+    detail = "the provider cannot use its journal now; send the same request again"
+    return Refused(503, "journal", detail, retry_after=JOURNAL_RETRY_SECONDS)
 
 
 async def send_refusal(

@@ -5,79 +5,158 @@ route of the app, and no method of a priced path may be left without a word. App
 their routes skip this; at run time an unpriced method of a priced path is refused all the same.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.routing import BaseRoute, Match
 
 from x402mw.core.errors import ConfigurationError
 from x402mw.core.pricing import Free
-from x402mw.core.routes import priced_method, sample_path
-from x402mw.provider.prices import PricedRoute
+from x402mw.core.routes import RouteTable, priced_method, sample_path
+from x402mw.provider.prices import PricedRoute, shape
 
 CLAIM_MARGIN_SECONDS = 180
+LAYERS_MAX = 32
+_PLAIN_PATH = re.compile(r"/|(?:/[A-Za-z0-9._~-]+)+", re.ASCII)
 
 Routes = Mapping[tuple[str, str], PricedRoute | Free]
 
 
 def find_routes(app: Any) -> list[BaseRoute] | None:
     """Returns the app's routes, looking through other middleware, or None if it shows none."""
-    for _ in range(32):
-        routes = getattr(app, "routes", None)
+    for layer in _layers(app):
+        routes = getattr(layer, "routes", None)
         if isinstance(routes, list):
             return routes
-        app = getattr(app, "app", None)
-        if app is None:
-            return None
     return None
+
+
+def find_root_path(app: Any) -> str | None:
+    """Returns the root path by which the app overrides the server's, as FastAPI can; else None."""
+    roots = (getattr(layer, "root_path", None) for layer in _layers(app))
+    return next((root for root in roots if isinstance(root, str) and root), None)
+
+
+def _layers(app: Any) -> Iterator[Any]:
+    """The app, and what stands behind it as long as each layer calls the next one `app`."""
+    for _ in range(LAYERS_MAX):
+        if app is None:
+            return
+        yield app
+        app = getattr(app, "app", None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A route that ends somewhere, and the path prefix under which it is mounted."""
+
+    route: Any
+    prefix: str
+
+    @property
+    def methods(self) -> Iterable[str]:
+        """The methods it says it takes."""
+        return getattr(self.route, "methods", None) or ()
+
+    @property
+    def template(self) -> str | None:
+        """Its own path template; None for what is mounted without showing its routes."""
+        path = getattr(self.route, "path", None)
+        return self.prefix + path if path and self.methods else None
+
+    def match(self, method: str, template: str) -> Match:
+        """How the app's router would judge a path that the template matches."""
+        try:
+            path, root = sample_path(template), sample_path(self.prefix)
+        except KeyError:
+            # A mount below a parameter of the app's own kind: no price can name it.
+            return Match.NONE
+        if not path.startswith(root):
+            return Match.NONE
+        scope = {"type": "http", "method": method, "path": path, "root_path": root, "headers": []}
+        found: Match = self.route.matches(scope)[0]
+        return found
 
 
 def check_routes(prices: Routes, routes: Iterable[BaseRoute]) -> list[tuple[str, str]]:
     """Checks the list against the app's routes and returns its keys in the router's order.
 
-    Raises `ConfigurationError` for a price that matches no route, and for a method of a priced path
-    that is neither priced nor marked `FREE`.
+    Raises `ConfigurationError` for a price that matches no route, for a method of a priced path
+    that is neither priced nor marked `FREE`, and for a price that covers only part of its route.
     """
-    found: list[tuple[int, tuple[str, str]]] = []
-    flat = list(_leaves(routes))
-    for key in prices:
-        places = [place for place, (route, path) in enumerate(flat) if _matches(route, path, key)]
-        if not places:
-            raise ConfigurationError(f"the price of {' '.join(key)!r} matches no route of the app")
-        found.append((places[0], key))
-        for place in places:
-            _check_methods(prices, key, getattr(flat[place][0], "methods", None))
-    return [key for _, key in sorted(found, key=lambda pair: pair[0])]
+    leaves = list(_leaves(routes))
+    known = {(method, shape(template)) for method, template in prices}
+    places = {key: _check_key(key, prices[key], leaves, known) for key in prices}
+    return sorted(places, key=lambda key: places[key])
 
 
-def _leaves(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[tuple[BaseRoute, str]]:
-    """Yields every route that ends somewhere, with the path prefix it is mounted under."""
-    for route in routes:
-        children = getattr(route, "routes", None)
-        if children:
-            yield from _leaves(children, prefix + getattr(route, "path", ""))
-        else:
-            yield route, prefix
+def _check_key(
+    key: tuple[str, str],
+    entry: PricedRoute | Free,
+    leaves: list[_Leaf],
+    known: Collection[tuple[str, str]],
+) -> int:
+    """Checks one line, and returns the place of the first route that serves it."""
+    matches = [leaf.match(*key) for leaf in leaves]
+    full = [place for place, match in enumerate(matches) if match is Match.FULL]
+    if not full:
+        raise ConfigurationError(f"the price of {' '.join(key)!r} matches no route of the app")
+    if isinstance(entry, PricedRoute):
+        for leaf, match in zip(leaves, matches, strict=True):
+            if match is not Match.NONE:
+                _check_methods(key, leaf.methods, known)
+        _check_whole(key, [leaves[place].template for place in full], known)
+    return full[0]
 
 
-def _matches(route: BaseRoute, prefix: str, key: tuple[str, str]) -> bool:
-    method, template = key
-    path = sample_path(template)
-    if not path.startswith(prefix):
-        return False
-    scope = {"type": "http", "method": method, "path": path, "root_path": prefix, "headers": []}
-    match, _ = route.matches(scope)
-    return match is Match.FULL
-
-
-def _check_methods(prices: Routes, key: tuple[str, str], methods: Iterable[str] | None) -> None:
+def _check_methods(
+    key: tuple[str, str], methods: Iterable[str], known: Collection[tuple[str, str]]
+) -> None:
     template = key[1]
-    for method in methods or ():
-        if (priced_method(method), template) not in prices:
+    for method in sorted(methods):
+        if (priced_method(method), shape(template)) not in known:
             raise ConfigurationError(
                 f"{method} {template} has no price although {key[0]} has one; "
                 f'price it, or mark it: "{method} {template}": FREE'
             )
+
+
+def _check_whole(
+    key: tuple[str, str], templates: Iterable[str | None], known: Collection[tuple[str, str]]
+) -> None:
+    """Checks that the routes which serve a priced path have no paths without a word."""
+    method, template = key
+    for own in templates:
+        if own is not None and (method, shape(own)) not in known:
+            raise ConfigurationError(
+                f"{method} {template} covers only a part of the route {own}; "
+                f'price the rest of it, or mark it: "{method} {own}": FREE'
+            )
+        if own is None or shape(own) == shape(template):
+            return
+
+
+def _leaves(routes: Iterable[Any], prefix: str = "") -> Iterator[_Leaf]:
+    for route in routes:
+        included = getattr(route, "effective_candidates", None)
+        if included is not None:
+            # A router that FastAPI includes: its candidates carry their full paths.
+            yield from _leaves([getattr(one, "starlette_route", None) or one for one in included()])
+        elif children := getattr(route, "routes", None):
+            yield from _leaves(children, prefix + getattr(route, "path", ""))
+        else:
+            yield _Leaf(route, prefix)
+
+
+def check_paths(path_prefix: str, control: str, table: RouteTable[PricedRoute | Free]) -> None:
+    """Checks the prefix and the control path, which buyers append to an origin."""
+    for name, path in (("path_prefix", path_prefix or "/"), ("control_path", control)):
+        if not _PLAIN_PATH.fullmatch(path):
+            raise ConfigurationError(f'{name} is a plain path such as "/api", not {path!r}')
+    if table.covers(control):
+        raise ConfigurationError(f"control_path {control!r} is a path of the price list")
 
 
 def check_times(prices: Routes, *, claim_seconds: int, redeem_seconds: int) -> None:

@@ -25,6 +25,7 @@ from x402mw.provider.service import Service
 CONTROL_BODY_BYTES_MAX = 4096
 RUNNING_RETRY_SECONDS = 1
 ESCROW_RETRY_SECONDS = 5
+QUOTA_RETRY_SECONDS = 60
 
 
 class ControlRequest(BaseModel):
@@ -43,7 +44,9 @@ async def answer_control(
     claim, wanted = await _read(service, scope, receive, origin=origin, target=target)
     now = service.clock()
     if service.quota.exhausted(claim.session, now):
-        raise gate.refused(claim, 429, "quota", "too many control calls; wait a minute")
+        refusal = gate.refused(claim, 429, "quota", "too many control calls; wait a minute")
+        refusal.retry_after = QUOTA_RETRY_SECONDS
+        raise refusal
     service.quota.spend(claim.session, now)
     if wanted.op == "close":
         status, retry_after = await _close(service, claim)
@@ -61,7 +64,8 @@ async def _read(
 ) -> tuple[Claim, ControlRequest]:
     values = request.payment_headers(scope)
     claim = gate.inspect(values, service.book, service.link.open_token, control=True)
-    body = await request.read_body(scope, receive, CONTROL_BODY_BYTES_MAX)
+    request.check_length(scope, CONTROL_BODY_BYTES_MAX)
+    body = await request.read_body(receive, CONTROL_BODY_BYTES_MAX)
     gate.bind(
         claim,
         method=scope["method"],

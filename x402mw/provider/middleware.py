@@ -12,7 +12,7 @@ import logging
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from x402mw.core.errors import ConfigurationError
-from x402mw.core.gate import Refused
+from x402mw.core.gate import Refused, name_refusal
 from x402mw.core.pricing import Free
 from x402mw.core.routes import Miss, RouteTable, sample_path
 from x402mw.provider import answers, checks, request
@@ -52,6 +52,7 @@ class PaymentMiddleware:
         self._prices = prices
         self._path_prefix = path_prefix.rstrip("/")
         self._control_path = control_path
+        self._root_path = checks.find_root_path(app)
         self._table: RouteTable[PricedRoute | Free] | None = None
         self._service: Service | None = None
         self._starting = asyncio.Lock()
@@ -59,6 +60,9 @@ class PaymentMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Takes one ASGI connection."""
         kind = scope["type"]
+        if self._root_path is not None:
+            # The app will override the server's root path: what it routes is what is priced.
+            scope = {**scope, "root_path": self._root_path}
         if kind == "http":
             await self._http(scope, receive, send)
         elif kind == "lifespan":
@@ -71,23 +75,42 @@ class PaymentMiddleware:
     # Starting and stopping.
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = False
+
         async def receive_started() -> Message:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                await self._start(scope)
-            return message
+            nonlocal asked
+            asked = True
+            return await self._receive_started(scope, receive, send)
 
         async def send_stopped(message: Message) -> None:
-            if message["type"] in ("lifespan.shutdown.complete", "lifespan.startup.failed"):
+            if message["type"] != "lifespan.startup.complete":
                 await self._stop()
             await send(message)
 
         try:
             await self.app(scope, receive_started, send_stopped)
-        except ConfigurationError as error:
-            # A server takes a bare exception for "no lifespan here" and would go on to serve.
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            raise
+        except Exception:
+            if asked:
+                await self._stop()
+                raise
+        if not asked:
+            # The app has no lifespan of its own; the provider has one all the same.
+            await receive_started()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send_stopped({"type": "lifespan.shutdown.complete"})
+
+    async def _receive_started(self, scope: Scope, receive: Receive, send: Send) -> Message:
+        """Passes on what the server says; a start of the app is a start of the provider first."""
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            try:
+                await self._start(scope)
+            except Exception as error:
+                # A server takes a bare exception for "no lifespan here" and would go on to serve.
+                await send({"type": "lifespan.startup.failed", "message": _tell(error)})
+                raise
+        return message
 
     def _routes(self, scope: Scope) -> RouteTable[PricedRoute | Free]:
         """The table of prices, checked against the app's own routes when they can be seen."""
@@ -97,7 +120,9 @@ class PaymentMiddleware:
             if routes is None:
                 routes = checks.find_routes(scope.get("app"))
             order = [] if routes is None else checks.check_routes(prices, routes)
-            self._table = price_table(prices, order)
+            table = price_table(prices, order)
+            checks.check_paths(self._path_prefix, self._control_path, table)
+            self._table = table
         return self._table
 
     async def _ready(self, scope: Scope) -> Service:
@@ -106,14 +131,14 @@ class PaymentMiddleware:
     async def _start(self, scope: Scope) -> Service:
         async with self._starting:
             if self._service is None:
-                self._routes(scope)
-                prices = read_prices(self._prices)
-                service = await self._provider.start(
-                    prices, path_prefix=self._path_prefix, control_path=self._control_path
+                table = self._routes(scope)
+                self._service = await self._provider.start(
+                    read_prices(self._prices),
+                    path_prefix=self._path_prefix,
+                    control_path=self._control_path,
                 )
-                self._service = service
                 try:
-                    await self._self_test(service)
+                    await self._self_test(self._service, table)
                 except BaseException:
                     await self._stop()
                     raise
@@ -124,16 +149,18 @@ class PaymentMiddleware:
         if service is not None:
             await service.stop()
 
-    async def _self_test(self, service: Service) -> None:
+    async def _self_test(self, service: Service, table: RouteTable[PricedRoute | Free]) -> None:
         """Every priced route must answer an unpaid request with 402, or the app does not start."""
         for method, template in service.served:
+            path = sample_path(template)
+            if not isinstance(table.find(method, path), PricedRoute):
+                raise ConfigurationError(f"{method} {template} is hidden behind another line")
             statuses: list[int] = []
 
             async def send(message: Message, statuses: list[int] = statuses) -> None:
                 if message["type"] == "http.response.start":
                     statuses.append(message["status"])
 
-            path = sample_path(template)
             scope = {
                 "type": "http",
                 "method": method,
@@ -141,7 +168,7 @@ class PaymentMiddleware:
                 "raw_path": path.encode(),
                 "query_string": b"",
                 "scheme": "http",
-                "headers": [(b"host", service.self_test_host)],
+                "headers": [(b"host", service.origins.sample_host)],
             }
             await self._http(scope, _nothing, send)
             if statuses != [402]:
@@ -153,10 +180,15 @@ class PaymentMiddleware:
         path, method = request.route_path(scope), scope["method"]
         table = self._routes(scope)
         found = table.find(method, path)
-        if path == self._control_path:
-            await self._control(scope, receive, send)
+        if path == self._control_path and method == "POST":
+            await self._sold(None, scope, receive, send)
+        elif path == self._control_path:
+            allow = [(b"allow", b"POST")]
+            await answers.send_problem(
+                scope, send, 405, "method", "control takes POST", found=allow
+            )
         elif isinstance(found, PricedRoute):
-            await self._priced(found, scope, receive, send)
+            await self._sold(found, scope, receive, send)
         elif found is Miss.METHOD:
             await answers.send_problem(
                 scope, send, 405, "method", "this path is not sold with this method"
@@ -170,38 +202,26 @@ class PaymentMiddleware:
         else:
             await self.app(scope, receive, send)
 
-    async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] != "POST":
-            allow = [(b"allow", b"POST")]
-            await answers.send_problem(
-                scope, send, 405, "method", "control takes POST", found=allow
-            )
-            return
+    async def _sold(
+        self, route: PricedRoute | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answers on a priced route, or on the control path (`route` None)."""
         service = await self._ready(scope)
-        try:
-            origin = service.origins.select(scope)
-            target = request.target(scope, self._path_prefix)
-            await answer_control(service, scope, receive, send, origin=origin, target=target)
-        except Refused as refusal:
-            await answers.send_refusal(scope, send, service.book, refusal, None, "")
-        except JournalUnavailable:
-            await answers.send_unavailable(scope, send)
-        except Disconnected:
-            return
-
-    async def _priced(self, route: PricedRoute, scope: Scope, receive: Receive, send: Send) -> None:
-        service = await self._ready(scope)
-        served = service.served[route.method, route.template]
+        served = None if route is None else service.served[route.method, route.template]
         origin = ""
         try:
             origin = service.origins.select(scope)
-            if not request.payment_headers(scope):
-                await answers.send_unpaid(scope, send, served, origin)
-                return
             target = request.target(scope, self._path_prefix)
-            visit = PaidVisit(service, served, origin, target, scope, receive, send)
-            await visit.run(self.app)
-        except Refused as refusal:
+            if served is None:
+                await answer_control(service, scope, receive, send, origin=origin, target=target)
+            elif request.payment_headers(scope):
+                visit = PaidVisit(service, served, origin, target, scope, receive, send)
+                await visit.run(self.app)
+            else:
+                await answers.send_unpaid(scope, send, served, origin)
+        except (Refused, JournalUnavailable) as error:
+            refusal = error if isinstance(error, Refused) else answers.unavailable()
+            name_refusal(refusal, request.payment_headers(scope))
             await answers.send_refusal(scope, send, service.book, refusal, served, origin)
         except Disconnected:
             return
@@ -220,3 +240,9 @@ async def _refuse_websocket(scope: Scope, send: Send) -> None:
 
 async def _nothing() -> Message:
     return {"type": "http.request", "body": b"", "more_body": False}
+
+
+def _tell(error: Exception) -> str:
+    """What a failed start tells its operator, who may need the kind of an unforeseen error."""
+    known = isinstance(error, ConfigurationError)
+    return str(error) if known else f"the provider cannot start: {error!r}"

@@ -8,6 +8,7 @@ prices = {
 }
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ TIMEOUT_SECONDS = 60
 TIMEOUT_SECONDS_MAX = 3600
 BODY_BYTES_MAX = 10 * 1024 * 1024
 STORED_BODY_BYTES_MAX = 16 * 1024
+DESCRIPTION_CHARACTERS_MAX = 500
+_PARAMETER = re.compile(r"{\w+(:\w+)?}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,12 @@ class PricedRoute:
 def read_prices(prices: PriceList) -> dict[tuple[str, str], PricedRoute | Free]:
     """Checks a price list; raises `ConfigurationError` naming the line that is wrong."""
     routes: dict[tuple[str, str], PricedRoute | Free] = {}
+    shapes: set[tuple[str, str]] = set()
     for text, entry in prices.items():
         method, template = parse_route(text)
-        if (method, template) in routes:
+        if (method, shape(template)) in shapes:
             raise ConfigurationError(f"{text!r} is priced twice (HEAD has the price of GET)")
+        shapes.add((method, shape(template)))
         try:
             routes[method, template] = _read_entry(method, template, entry)
         except ConfigurationError as error:
@@ -82,9 +87,34 @@ def _read_entry(method: str, template: str, entry: Plan | Priced | Free) -> Pric
     if entry is FREE:
         return FREE
     options = entry if isinstance(entry, Priced) else Priced(entry)
-    if not 0 < options.timeout_seconds <= TIMEOUT_SECONDS_MAX:
-        raise ConfigurationError(f"timeout_seconds lies between 1 and {TIMEOUT_SECONDS_MAX}")
+    if not isinstance(options.plan, Plan):
+        raise ConfigurationError(f'a price is written like PerCall("0.001"), not {options.plan!r}')
+    _check_options(options)
     return PricedRoute(method, template, read_plan(options.plan), options)
+
+
+def _check_options(options: Priced) -> None:
+    if not _is_count(options.timeout_seconds, TIMEOUT_SECONDS_MAX):
+        raise ConfigurationError(
+            f"timeout_seconds is a whole number between 1 and {TIMEOUT_SECONDS_MAX}"
+        )
+    if not _is_count(options.body_bytes_max, 2**63):
+        raise ConfigurationError("body_bytes_max is a whole number above 0")
+    if not all(type(status) is int and 400 <= status <= 599 for status in options.also_charge):
+        raise ConfigurationError("also_charge lists statuses between 400 and 599")
+    if len(options.description) > DESCRIPTION_CHARACTERS_MAX:
+        raise ConfigurationError(
+            f"a description has at most {DESCRIPTION_CHARACTERS_MAX} characters"
+        )
+
+
+def _is_count(value: object, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def shape(template: str) -> str:
+    """A path template without the names of its parameters: what it matches."""
+    return _PARAMETER.sub(lambda found: f"{{{found[1] or ':str'}}}", template)
 
 
 def price_table(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from x402mw.core.amounts import to_atomic
-from x402mw.core.errors import AmountInvalid, ConfigurationError
+from x402mw.core.errors import AmountInvalid, ConfigurationError, Malformed
 from x402mw.core.keys import PUBLIC_KEY_BYTES
 from x402mw.core.pricing import Free
 from x402mw.core.strict import b64url_decode
@@ -58,12 +58,8 @@ class Provider:
         self._escrow = escrow.rstrip("/")
         self._api_key = api_key
         self._journal = journal
-        origins = tuple(origins)
         self._origins = Origins(origins)
-        self._self_test_host = _first_host(origins)
-        self._root = None
-        if escrow_root is not None:
-            self._root = b64url_decode(escrow_root, PUBLIC_KEY_BYTES)
+        self._root = None if escrow_root is None else _read_root(escrow_root)
         self._durability: Literal["fsync", "process"] = durability
         try:
             self._unredeemed_max = to_atomic(unredeemed_max)
@@ -139,7 +135,6 @@ class Provider:
             link=link,
             redeemer=redeemer,
             origins=self._origins,
-            self_test_host=self._self_test_host,
             unredeemed_max=self._unredeemed_max,
             quota=Quota(self._free_calls_per_minute),
             clock=self._clock,
@@ -149,8 +144,8 @@ class Provider:
         return service
 
 
-def _first_host(origins: Iterable[str]) -> bytes:
-    """A Host that the self-test may use."""
-    for origin in origins:
-        return origin.partition("://")[2].rstrip("/").encode("idna")
-    return b"localhost"
+def _read_root(text: str) -> bytes:
+    try:
+        return b64url_decode(text, PUBLIC_KEY_BYTES)
+    except Malformed as error:
+        raise ConfigurationError(f"escrow_root: {error}") from None

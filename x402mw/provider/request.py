@@ -43,6 +43,11 @@ class Origins:
                 if self._by_host.setdefault(spelling, origin) != origin:
                     raise ConfigurationError(f"{host} is configured as two origins")
 
+    @property
+    def sample_host(self) -> bytes:
+        """A Host that is known here, for self-tests."""
+        return next(iter(self._by_host), "localhost").encode()
+
     def select(self, scope: Scope) -> str:
         """Returns the origin a request is for, or raises `Refused` with 421."""
         hosts = [value for name, value in scope["headers"] if name == b"host"]
@@ -122,16 +127,20 @@ def paid_scope(scope: Scope, payment: Any) -> Scope:
     return {**scope, "headers": kept, "extensions": extensions, "state": state}
 
 
-async def read_body(scope: Scope, receive: Receive, bytes_max: int) -> bytes:
+async def read_body(receive: Receive, bytes_max: int) -> bytes:
     """Reads the request body, or raises `Refused`: 413 when too long, 408 when too slow."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value[:20]) > bytes_max:
-            raise too_large(bytes_max)
     try:
         async with asyncio.timeout(BODY_SECONDS_MAX):
             return await _collect(receive, bytes_max)
     except TimeoutError:
         raise Refused(408, "body_timeout", "the request body came too slowly") from None
+
+
+def check_length(scope: Scope, bytes_max: int) -> None:
+    """Refuses a body whose Content-Length is over the limit, before a byte of it is read."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value[:20]) > bytes_max:
+            raise too_large(bytes_max)
 
 
 async def _collect(receive: Receive, bytes_max: int) -> bytes:

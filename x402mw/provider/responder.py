@@ -15,16 +15,17 @@ delivered (`docs/protocol.md`, Charges).
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from x402mw.core.amounts import ZERO
 from x402mw.core.gate import Claim, Outcome
-from x402mw.provider import answers
+from x402mw.provider import answers, request
 from x402mw.provider.answers import Figures, Headers, ServedRoute
-from x402mw.provider.journal import Admitted, Settled
+from x402mw.provider.journal import Admitted, JournalUnavailable, Settled
 from x402mw.provider.meter import Payment
 from x402mw.provider.prices import STORED_BODY_BYTES_MAX
 from x402mw.provider.service import Service
@@ -33,12 +34,21 @@ log = logging.getLogger("x402mw.provider")
 
 MARK_SECONDS = 1.0
 _OURS = (b"payment-response", b"payment-required", b"payment-signature")
+_SHARED_CACHES = (b"-cache-control", b"surrogate-control")
+"""Ends of header names that tell shared caches more than Cache-Control may."""
 _NO_BODY = (204, 304)
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class PaidCall:
-    """The state of one admitted call, and the `send` that its app is given."""
+    """The state of one admitted call, and the `send` that its app is given.
+
+    `start` is the app's status line, `started` tells that it went out, `complete` that the last
+    byte did. While `holding`, the answer waits in `held`. `charged` tells that this answer is one
+    to be paid for. Once the journal was `unavailable`, nothing more is served.
+    """
 
     service: Service
     served: ServedRoute
@@ -50,95 +60,104 @@ class PaidCall:
     send: Send
     start: Message | None = None
     started: bool = False
-    held: list[bytes] = field(default_factory=list)
-    held_bytes: int = 0
-    holding: bool = False
-    settled: Settled | None = None
     complete: bool = False
+    holding: bool = False
+    held: bytearray = field(default_factory=bytearray)
     charged: bool = False
+    settled: Settled | None = None
+    unavailable: bool = False
     next_mark: float = 0.0
+    limit: asyncio.Timeout = field(default_factory=lambda: asyncio.Timeout(None))
 
-    async def run(self, app: ASGIApp, scope: Scope, receive: Receive) -> None:
+    async def run(self, app: ASGIApp, receive: Receive) -> None:
         """Runs the handler, and leaves no way out of it without a settled charge."""
+        running, key = self.service.running, (self.claim.session, self.claim.seq)
+        running.add(key)
         try:
-            async with asyncio.timeout(self.served.route.options.timeout_seconds) as limit:
-                await app(scope, receive, self.on_message)
+            await self._run(app, receive)
+        finally:
+            running.discard(key)
+
+    async def _run(self, app: ASGIApp, receive: Receive) -> None:
+        self.limit = asyncio.timeout(self.served.route.options.timeout_seconds)
+        try:
+            async with self.limit:
+                await app(request.paid_scope(self.scope, self.payment), receive, self.on_message)
         except BaseException as error:
-            await self._finish_shielded()
-            late = isinstance(error, TimeoutError) and limit.expired()
-            if isinstance(error, Exception) and not self.started:
-                await self._send_failure(504 if late else 500)
-            if not late:
+            answered = await self._end(tell=isinstance(error, Exception))
+            if not answered or not (self.limit.expired() or self.unavailable):
                 raise
-            log.warning("a call to %s took too long and was ended", self.served.route.template)
-            return
-        if not self.complete:
-            await self._finish_shielded()
-        if not self.started:
-            await self._send_failure(500)
+            log.warning("a call to %s was ended: %s", self.served.route.template, error)
+        else:
+            await self._end(tell=True)
 
     async def on_message(self, message: Message) -> None:
         """Takes one message of the app's answer."""
+        if self.unavailable or self.limit.expired():
+            raise ConnectionAbortedError("this call was ended; its answer goes nowhere")
         kind = message["type"]
         if kind == "http.response.start":
             await self._on_start(message)
         elif kind == "http.response.body":
-            await self._on_body(message)
+            await self._on_body(message.get("body", b""), more=message.get("more_body", False))
         # Everything else (push, early hints, trailers) would bypass the charge and is dropped.
 
-    # The answer begins.
+    # The answer.
 
     async def _on_start(self, message: Message) -> None:
         self.start = message
         status = message["status"]
         self.charged = self.served.route.charges(status)
-        length = _content_length(message)
-        known = length is not None or status in _NO_BODY
-        if known and (length or 0) <= STORED_BODY_BYTES_MAX:
+        length = 0 if status in _NO_BODY else _content_length(message)
+        if length is not None and length <= STORED_BODY_BYTES_MAX:
             self.holding = True
         elif not self.charged or not self.claim.terms.metered:
-            await self._settle()
+            await self._durably(self._settle())
             await self._send_start()
-        elif not known:
-            await self._begin_stream()
+        elif length is None:
+            # From here on a crash charges the base and what was counted at the last mark.
+            await self._durably(self.service.journal.start(self.admitted, self.claim.terms.base))
+            self.next_mark = _now() + MARK_SECONDS
+            await self._send_start()
 
-    async def _begin_stream(self) -> None:
-        """Marks the call as begun, so that a crash from here on charges what was counted."""
-        await self.service.journal.start(self.admitted, self.claim.terms.base)
-        await self._send_start()
-
-    async def _on_body(self, message: Message) -> None:
-        body, more = message.get("body", b""), message.get("more_body", False)
+    async def _on_body(self, body: bytes, *, more: bool) -> None:
+        if not more:
+            # The handler is done in time. What it does after its answer is its own affair.
+            self.limit.reschedule(None)
         if self.holding:
-            self.held.append(body)
-            self.held_bytes += len(body)
-            if more and self.held_bytes <= STORED_BODY_BYTES_MAX:
-                return
-            await self._release(complete=not more)
+            await self._hold(body, more=more)
             return
         if self.settled is None and (not more or not self.started):
-            await self._settle()
+            await self._durably(self._settle())
         if not self.started:
             await self._send_start()
         if self.settled is None:
             await self._mark()
-        self.complete = not more
-        await self.send(message)
+        await self._send_body(body, more=more)
 
-    async def _release(self, *, complete: bool) -> None:
-        """Settles a held answer, with its stored outcome if the body is complete, and sends it."""
-        body = b"".join(self.held)
-        self.holding, self.held = False, []
-        self.complete = complete
-        await self._settle(self._outcome(body) if complete else None)
-        await self._send_start()
-        await self.send({"type": "http.response.body", "body": body, "more_body": not complete})
+    async def _hold(self, body: bytes, *, more: bool) -> None:
+        """Keeps a short answer back until it is whole: then charge and copy are one."""
+        self.held += body
+        self._check_length(more=more)
+        if not more:
+            self.holding = False
+            whole = bytes(self.held)
+            await self._durably(self._settle(self._outcome(whole)))
+            await self._send_start()
+            await self._send_body(whole, more=False)
+
+    def _check_length(self, *, more: bool) -> None:
+        """An answer that contradicts its own header is broken, and nobody pays for it."""
+        start = self.start or {}
+        said = _content_length(start) or 0
+        bare = self.scope["method"] == "HEAD" or start["status"] in _NO_BODY
+        if len(self.held) > said or (len(self.held) < said and not more and not bare):
+            raise RuntimeError("the answer's body is not as long as its Content-Length says")
 
     async def _mark(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if now >= self.next_mark:
-            self.next_mark = now + MARK_SECONDS
-            await self.service.journal.mark(self.admitted, self.payment.used)
+        if _now() >= self.next_mark:
+            self.next_mark = _now() + MARK_SECONDS
+            await self._durably(self.service.journal.mark(self.admitted, self.payment.used))
 
     # The charge.
 
@@ -148,6 +167,18 @@ class PaidCall:
             self.admitted, used=used, outcome=outcome, begun=self.started
         )
         self.payment.settled()
+
+    async def _durably(self, write: Awaitable[T]) -> T:
+        """Awaits a write of the journal; the call's time stands still meanwhile."""
+        deadline = self.limit.when()
+        self.limit.reschedule(None)
+        try:
+            return await write
+        except JournalUnavailable:
+            self.unavailable = True
+            raise ConnectionAbortedError("the journal cannot be written") from None
+        finally:
+            self.limit.reschedule(deadline)
 
     def _outcome(self, body: bytes) -> Outcome | None:
         if self.start is None or not self.served.route.options.store_body:
@@ -159,19 +190,30 @@ class PaidCall:
         )
         return Outcome(self.start["status"], kept, body, self.credentials)
 
-    async def _finish_shielded(self) -> None:
-        """Settles what is not settled, even while this task is being cancelled."""
-        finishing = asyncio.ensure_future(self._finish())
-        self.service.keep(finishing)
-        await asyncio.shield(finishing)
+    # The end.
 
-    async def _finish(self) -> None:
-        if self.holding and _is_whole(self.start, self.held_bytes):
-            await self._release(complete=True)
-        elif self.settled is None:
-            # Nothing reached the buyer: void. Something did: what was counted.
-            self.charged = self.charged and self.started
+    async def _end(self, *, tell: bool) -> bool:
+        """Settles what is not settled, even while this task is being cancelled.
+
+        Answers for an app that did not begin to, if there is somebody to `tell`; returns whether it
+        did.
+        """
+        if self.settled is None:
+            settling = asyncio.ensure_future(self._settle_rest())
+            self.service.keep(settling)
+            await asyncio.shield(settling)
+        if self.started or not tell:
+            return False
+        await self._send_failure()
+        return True
+
+    async def _settle_rest(self) -> None:
+        # Nothing reached the buyer: void. Something did: what was counted.
+        self.charged = self.charged and self.started
+        try:
             await self._settle()
+        except JournalUnavailable:
+            self.unavailable = True
 
     # The wire.
 
@@ -179,46 +221,58 @@ class PaidCall:
         if self.start is None:
             return
         self.started = True
-        found = self._clean_headers(self.start)
-        found.append(answers.payment_response(self.service.book, self._figures()))
-        await self.send({**self.start, "headers": found})
-
-    async def _send_failure(self, status: int) -> None:
-        """Answers for an app that raised or ran too long before its first byte."""
-        code, detail = (
-            ("timeout", "the provider's handler took too long; nothing was charged")
-            if status == 504
-            else ("handler_failed", "the provider's handler failed; nothing was charged")
+        found = [*self._clean_headers(self.start), self._payment_response()]
+        await self.send(
+            {"type": "http.response.start", "status": self.start["status"], "headers": found}
         )
+
+    async def _send_body(self, body: bytes, *, more: bool) -> None:
+        await self.send({"type": "http.response.body", "body": body, "more_body": more})
+        if not more:
+            self.complete = True
+            self.service.running.discard((self.claim.session, self.claim.seq))
+
+    async def _send_failure(self) -> None:
+        """Answers for an app that failed or ran too long before its first byte."""
+        found: Headers = [self._payment_response()]
         self.started = True
-        found: Headers = [answers.payment_response(self.service.book, self._figures())]
+        if self.unavailable:
+            status, code, detail = 503, "journal", "the provider cannot use its journal now"
+            found.append((b"retry-after", b"5"))
+        elif self.limit.expired():
+            status, code, detail = 504, "timeout", "the provider's handler took too long"
+        else:
+            status, code, detail = 500, "handler_failed", "the provider's handler failed"
+        detail += "; nothing was charged"
         await answers.send_problem(self.scope, self.send, status, code, detail, found=found)
 
     def _clean_headers(self, message: Message) -> Headers:
         """The app's headers, without payment headers of its own and without public caching."""
-        found = [
-            (name, value)
-            for name, value in message.get("headers", ())
-            if name.lower() not in (*_OURS, b"cache-control")
-        ]
-        cache = [
-            value for name, value in message.get("headers", ()) if name.lower() == b"cache-control"
-        ]
+        found: Headers = []
+        cache: list[bytes] = []
+        for name, value in message.get("headers", ()):
+            lowered = name.lower()
+            if lowered == b"cache-control":
+                cache.append(value)
+            elif lowered not in _OURS and not lowered.endswith(_SHARED_CACHES):
+                found.append((name, value))
         found.append((b"cache-control", private_cache(cache)))
         return found
 
-    def _figures(self) -> Figures:
+    def _payment_response(self) -> tuple[bytes, bytes]:
         claim, settled = self.claim, self.settled
-        return Figures(
+        pending = "open" if self.started else "running"
+        figures = Figures(
             commitment=claim.commitment,
             seq=claim.seq,
             payer=claim.token.payer,
-            state="settled" if settled else "open",
+            state="settled" if settled else pending,
             final=settled is not None,
             charge=settled.charge if settled else ZERO,
             charged_total=settled.charged_total if settled else None,
             open_total=settled.open_total if settled else None,
         )
+        return answers.payment_response(self.service.book, figures)
 
 
 def private_cache(values: list[Any]) -> bytes:
@@ -242,8 +296,5 @@ def _content_length(message: Message) -> int | None:
     return None
 
 
-def _is_whole(start: Message | None, held_bytes: int) -> bool:
-    if start is None:
-        return False
-    length = _content_length(start)
-    return start["status"] in _NO_BODY or length == held_bytes
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -24,6 +24,7 @@ log = logging.getLogger("x402mw.provider")
 FREE_CALLS_PER_MINUTE = 60
 QUOTA_SESSIONS_MAX = 10_000
 SETTLE_RETRY_SECONDS = 1.0
+STOP_SECONDS = 5.0
 
 
 class Quota:
@@ -67,7 +68,6 @@ class Service:
     link: EscrowLink
     redeemer: Redeemer
     origins: Origins
-    self_test_host: bytes
     unredeemed_max: Atomic
     quota: Quota
     clock: Callable[[], float]
@@ -124,9 +124,12 @@ class Service:
 
     async def stop(self) -> None:
         """Stops what runs behind, hands in what is owed, and closes the journal."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            # These settle calls; only what the journal will not take now is left to its recovery.
+            _, late = await asyncio.wait(self._tasks, timeout=STOP_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         await self.redeemer.stop()
         await self.link.stop()
         self.journal.close()

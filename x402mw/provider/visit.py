@@ -15,7 +15,7 @@ from x402mw.core.sessions import Account
 from x402mw.core.vouchers import BIND_BODY
 from x402mw.provider import answers, request
 from x402mw.provider.answers import ServedRoute
-from x402mw.provider.journal import Admitted, JournalUnavailable
+from x402mw.provider.journal import Admitted
 from x402mw.provider.meter import Payment
 from x402mw.provider.responder import PaidCall
 from x402mw.provider.service import Service
@@ -34,27 +34,28 @@ class PaidVisit:
     send: Send
 
     async def run(self, app: ASGIApp) -> None:
-        """Judges the payment and, if it is admitted, runs the app; else raises `Refused`."""
+        """Judges the payment and, if it is admitted, runs the app; else raises `Refused`.
+
+        Raises `JournalUnavailable` too, and only before the app is entered.
+        """
         service = self.service
         values = request.payment_headers(self.scope)
         claim = gate.inspect(values, service.book, service.link.open_token)
         await self._bind(claim)
         who = request.credentials(self.scope)
-        try:
-            admitted = await self._admit(claim, who)
-            if isinstance(admitted, Outcome):
-                await self._replay(claim, admitted)
-            else:
-                await self._serve(app, claim, admitted, who)
-        except JournalUnavailable:
-            await answers.send_unavailable(self.scope, self.send)
+        admitted = await self._admit(claim, who)
+        if isinstance(admitted, Outcome):
+            await self._replay(claim, admitted)
+        else:
+            await self._serve(app, claim, admitted, who)
 
     async def _bind(self, claim: Claim) -> None:
         """Reads the body, unless the voucher leaves it out, and checks the request hash."""
         body_hash = b""
+        bytes_max = self.served.route.options.body_bytes_max
+        request.check_length(self.scope, bytes_max)
         if claim.binding == BIND_BODY:
-            bytes_max = self.served.route.options.body_bytes_max
-            body = await request.read_body(self.scope, self.receive, bytes_max)
+            body = await request.read_body(self.receive, bytes_max)
             body_hash = request.body_hash(body)
             self.receive = request.replay_body(body, self.receive)
         gate.bind(
@@ -82,23 +83,13 @@ class PaidVisit:
             raise
 
     async def _serve(self, app: ASGIApp, claim: Claim, admitted: Admitted, who: bytes) -> None:
-        """Runs the app for an admitted call."""
+        """Runs the app for an admitted call. Nothing may fail between admission and `run`."""
         session = answers.session_id(claim.session)
         payment = Payment(claim.terms, payer=claim.token.payer, session=session)
         call = PaidCall(
             self.service, self.served, claim, admitted, payment, who, self.scope, self.send
         )
-        key = (claim.session, claim.seq)
-        self.service.running.add(key)
-        try:
-            await call.run(app, request.paid_scope(self.scope, payment), self.receive)
-        except JournalUnavailable:
-            if not call.started:
-                raise
-            # The status line is out: all that is left is to break the answer off, visibly.
-            raise ConnectionAbortedError("the journal cannot write now") from None
-        finally:
-            self.service.running.discard(key)
+        await call.run(app, self.receive)
 
     async def _replay(self, claim: Claim, outcome: Outcome) -> None:
         """Gives an identical retry the stored answer, once the first one is wholly sent."""
