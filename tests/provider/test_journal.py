@@ -330,3 +330,60 @@ async def test_deposits_grow_with_tokens(journal: Journal) -> None:
     account = await journal.account(SESSION)
     assert account is not None
     assert (account.deposit, account.best) == (3_000_000, 2_600_000)
+
+
+# Crashes, without the crash: what is open when the file is opened again.
+
+
+async def test_a_started_call_costs_its_highest_mark(path: str) -> None:
+    """After a crash a started call costs its mark and the price of the most it had used."""
+    journal = Journal.open(path, clock=Clock())
+    call = await admitted(journal, claim(1, terms=METERED))
+    await journal.start(call, METERED.base)
+    for used in (10, 300, 200):
+        await journal.mark(call, used)
+    journal.close()
+    journal = Journal.open(path, clock=Clock())
+    found = await journal.lookup(SESSION, 1)
+    assert found is not None
+    assert (found.state, found.charge) == (CallState.SETTLED, 100 + 300 * 2)
+    assert journal.unredeemed == 700
+    journal.close()
+
+
+async def test_a_crash_never_costs_more_than_the_maximum(path: str) -> None:
+    """Use beyond what the maximum pays for is not charged by recovery either."""
+    journal = Journal.open(path, clock=Clock())
+    call = await admitted(journal, claim(1, terms=METERED))
+    await journal.start(call, METERED.base)
+    await journal.mark(call, 10**9)
+    journal.close()
+    journal = Journal.open(path, clock=Clock())
+    assert journal.unredeemed == METERED.amount
+    journal.close()
+
+
+async def test_an_open_call_is_void_after_a_crash(path: str) -> None:
+    """After a crash a call that had sent nothing costs nothing; its bytes are answered 410."""
+    journal = Journal.open(path, clock=Clock())
+    await admitted(journal, claim(1))
+    journal.close()
+    journal = Journal.open(path, clock=Clock())
+    assert journal.unredeemed == 0
+    with pytest.raises(Refused) as refused:
+        await admit(journal, claim(1))
+    assert (refused.value.status, refused.value.reason) == (410, "outcome_gone")
+    journal.close()
+
+
+async def test_marks_after_the_end_change_nothing(journal: Journal) -> None:
+    """A settled call can neither start nor be marked; a call never admitted is our own mistake."""
+    call = await admitted(journal, claim(1, terms=METERED))
+    await journal.settle(call, used=5, outcome=None)
+    await journal.start(call, METERED.base)
+    await journal.mark(call, 50)
+    found = await journal.lookup(SESSION, 1)
+    assert found is not None
+    assert (found.state, found.charge) == (CallState.SETTLED, 110)
+    with pytest.raises(LookupError):
+        await journal.mark(replace(call, seq=99), 50)
