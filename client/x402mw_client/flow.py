@@ -107,7 +107,7 @@ class Payment:
         self.offer = offer
         self.call: Call | None = None
         self.form: Form | None = None
-        self.signings = self.resends = 0
+        self.signings = self.sendings = self.resends = 0
         self.slept = 0.0
         self.lost = False
 
@@ -144,13 +144,16 @@ class Payment:
                 " cannot be sent twice, but the route binds bodies; pass it as bytes"
             )
 
+    def _check_replay(self) -> None:
+        if self.sendings and not self.request.replayable:
+            raise self._unknown("the body of the request cannot be sent again")
+
     # Signing.
 
     def _sign(self) -> Story[tuple[Call, Form]]:
-        if self.signings == SIGNINGS_MAX and self.call is None:
-            raise PaymentRefused("the provider refused every form of the payment")
         if self.signings == SIGNINGS_MAX:
-            raise self._unknown("the provider refused every form of the payment")
+            message = "the provider refused every form of the payment"
+            raise PaymentRefused(message) if self.call is None else self._unknown(message)
         self.signings += 1
         for _ in range(STALE_MAX):
             try:
@@ -184,11 +187,12 @@ class Payment:
 
     def _send(self, call: Call, form: Form) -> Story[httpx.Response | None]:
         """Sends one form; None if the answer was lost."""
-        call.sendings += 1
+        self._check_replay()
+        self.sendings += 1
         try:
             answer: httpx.Response = yield Send(self.wallet.purse.header(call.session, form))
         except NOT_SENT:
-            if call.sendings > 1:
+            if self.sendings > 1:
                 return None
             self.wallet.purse.free(call)
             raise
@@ -207,6 +211,8 @@ class Payment:
             return (yield from self._foreign(call, answer))
         if verdict in (Verdict.SETTLED, Verdict.OPEN, Verdict.REJECTED):
             return self._deliver(verdict, call, answer, word)
+        if verdict is Verdict.REPLACED:
+            return (yield from self._replaced(call))
         yield from self._go_on(verdict, call, answer, word)
         return None
 
@@ -232,8 +238,6 @@ class Payment:
                 yield from self._wait(answer, self.request.patience)
             case Verdict.SIGN_AGAIN:
                 yield from self._refused(call, answer, word)
-            case Verdict.REPLACED:
-                yield from self._move(call)
             case Verdict.OTHER_FORM:
                 self._take_form(call, word)
             case Verdict.GONE:
@@ -241,7 +245,7 @@ class Payment:
 
     def _send_again(self, answer: httpx.Response | None) -> Story[None]:
         self.lost = True
-        if self.resends == len(RESEND_PAUSES) or not self.request.replayable:
+        if self.resends == len(RESEND_PAUSES):
             raise self._unknown("the answer to the payment was lost")
         pause = RESEND_PAUSES[self.resends]
         self.resends += 1
@@ -263,8 +267,8 @@ class Payment:
         """Waits as long as the provider asks; the same bytes are sent next."""
         pause = max(PAUSE_MIN_SECONDS, retry_after(answer, 1.0))
         self.slept += pause
-        if self.slept > most or not self.request.replayable:
-            raise self._unknown("the provider has not answered in time; it may still do the work")
+        if self.slept > most:
+            raise self._unknown("the provider did not answer in time")
         yield Sleep(pause)
 
     def _take_form(self, call: Call, word: Word) -> None:
@@ -294,7 +298,7 @@ class Payment:
         fresh = yield from learn(self.wallet, self.request, answer)
         self.offer = fresh or self.offer
         if self.offer.terms.journal != call.session.offer.terms.journal:
-            yield from self._move(call)
+            self._leave_session(call)
         elif word.final and word.reason not in RENEWABLE:
             self.wallet.purse.free(call)
             raise PaymentRefused(f"the provider refused: {word.reason}", reason=word.reason)
@@ -307,19 +311,24 @@ class Payment:
             yield from renew_token(self.wallet, call.session, urgent=True)
         self.form = None
 
-    def _move(self, call: Call) -> Story[None]:
-        """Another journal answers now. Only what was never lost may be asked of it anew."""
+    def _replaced(self, call: Call) -> Story[httpx.Response | None]:
+        """Asks the new journal for its terms; if there is no price any more, that was the call."""
+        self._leave_session(call)
+        self._check_replay()
+        self.wallet.offers.forget(self.request.origin, self.offer)
+        answer: httpx.Response = yield Send(None)
+        fresh = yield from learn(self.wallet, self.request, answer)
+        if fresh is None:
+            return answer
+        self.offer = fresh
+        return None
+
+    def _leave_session(self, call: Call) -> None:
+        """The session takes no calls. Only what was never lost may be paid from another."""
         self.wallet.purse.end(call.session)
         if self.lost:
             raise self._unknown("the provider's book was replaced while the answer was lost")
         self._start_over(call)
-        if self.offer.terms.journal == call.session.offer.terms.journal:
-            self.wallet.offers.forget(self.request.origin, self.offer)
-            answer = yield Send(None)
-            fresh = yield from learn(self.wallet, self.request, answer)
-            if fresh is None:
-                raise PaymentRefused("the provider's book was replaced", reason="journal_replaced")
-            self.offer = fresh
 
     def _start_over(self, call: Call) -> None:
         """Lets another session pay: these bytes can never be admitted."""

@@ -86,7 +86,6 @@ class Call:
     hold: Atomic = ZERO
     expires: int = 0
     forms: list[Form] = field(default_factory=list)
-    sendings: int = 0
     in_flight: bool = True
     charge: Atomic | None = None
 

@@ -39,6 +39,7 @@ from x402mw_client.waiting import ENTERED
 log = logging.getLogger("x402mw.client")
 
 SECTION_SECONDS = 60.0
+ENDED_REASONS = ("session_ending", "invalid_state", "not_found")
 PAUSE_SECONDS = 30.0
 """What can wait and failed is tried again after this long."""
 
@@ -187,11 +188,11 @@ def renew_token(wallet: WalletState, session: Session, *, urgent: bool) -> Story
             renewal = operations.renew_token(session.id)
             record = yield Ask(replace(renewal, repeatable=urgent))
             wallet.purse.renew(session, record)
-    except EscrowRefused as error:
-        log.info("session %s takes no new calls: %s", session.name, error.reason)
-        wallet.purse.end(session)
-    except EscrowUnavailable:
-        if urgent:
+    except (EscrowRefused, EscrowUnavailable) as error:
+        if isinstance(error, EscrowRefused) and error.reason in ENDED_REASONS:
+            log.info("session %s takes no new calls: %s", session.name, error.reason)
+            wallet.purse.end(session)
+        elif urgent:
             raise
 
 

@@ -373,3 +373,12 @@ async def test_a_call_that_was_given_up_is_held_anew(world: World) -> None:
     assert (await world.resume(unknown.value.handle)).text == "proxy"
     assert world.money() == (1000, 1000)
     assert len(seqs(world)) == 1
+
+
+async def test_a_replaced_provider_that_sells_nothing_any_more(world: World) -> None:
+    """If the new journal's provider answers unpaid, that answer is the call's."""
+    await warm(world)
+    world.provider.script = [world.provider.refusal(409, "journal_replaced")]
+    world.provider.routes = world.provider.routes[1:]
+    assert (await world.get("/item/a")).text == "free"
+    assert world.money() == (1000, 0)

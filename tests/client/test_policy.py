@@ -15,6 +15,7 @@ from x402mw.core.errors import (
     EscrowUnavailable,
     InsecureOrigin,
     LimitExceeded,
+    PaymentOutcomeUnknown,
     TokenRefused,
 )
 from x402mw.core.strict import b64url_encode
@@ -293,3 +294,23 @@ async def test_a_long_stream_to_an_unknown_route(world: World) -> None:
     assert not world.signed
     assert (await world.send("POST", "/free", content=body(world, 5))).text == "free"
     assert world.provider.requests[-1].content == b"0123456789" * 5
+
+
+@pytest.mark.parametrize("kind", ["terms", "lost", "busy", "replaced"])
+async def test_a_long_stream_is_never_sent_twice(world: World, kind: str) -> None:
+    """What cannot be repeated is given up, with its outcome unknown."""
+    world.connect(buffer_limit=20)
+    await world.send("POST", "/upload", content=b"first")
+    provider = world.provider
+    provider.script = [
+        {
+            "terms": provider.refusal(402, "terms"),
+            "lost": provider.lose_answer,
+            "busy": provider.says(503, "refused", reason="clock", final=False),
+            "replaced": provider.refusal(409, "journal_replaced"),
+        }[kind]
+    ]
+    before = len(provider.requests)
+    with pytest.raises(PaymentOutcomeUnknown):
+        await world.send("POST", "/upload", content=body(world, 5))
+    assert len(provider.requests) == before + 1
