@@ -223,6 +223,7 @@ class Payment:
             self.wallet.purse.settle(call, word.charge, word)
             answer.extensions[PAYMENT] = paid(call, min(word.charge, call.hold))
         elif verdict is Verdict.OPEN:
+            call.session.proven = True
             answer.extensions[PAYMENT] = paid(call, None)
         else:
             self.wallet.purse.free(call)
@@ -306,7 +307,7 @@ class Payment:
             self.wallet.purse.end(call.session)
             self._start_over(call)
         elif word.reason == "cover":
-            self.wallet.purse.adopt(call.session, word)
+            self.wallet.purse.adopt(call.session, call.forms[-1], word)
         elif word.reason in TOKEN_REASONS:
             yield from renew_token(self.wallet, call.session, urgent=True)
         self.form = None

@@ -149,4 +149,5 @@ def _session(row: tuple[object, ...], offer: Offer) -> Session:
     found["state"] = State(str(found["state"]))
     session = Session(**found)  # type: ignore[arg-type]  # the columns have the fields' types
     session.held = Atomic(session.unattributed)
+    session.proven = False
     return session

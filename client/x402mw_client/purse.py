@@ -166,6 +166,8 @@ class Purse:
                 raise Stale
             if session.held > held and session.held + more > self.max_open(session):
                 return None
+            if not session.proven and session.busy(call):
+                return None
             return self._hold(session, offer, subject, call)
 
     def _hold(
@@ -234,10 +236,11 @@ class Purse:
             booked = call.charge = Atomic(min(charge, call.hold))
             session.charged = Atomic(session.charged + booked)
             if word is not None:
+                session.proven = True
                 _note_totals(session, word)
             if charge > call.hold or (word is not None and differs(session)):
                 self._differ(session)
-            self.memory.save(session, dropped=[call])
+            self._remember(session, dropped=[call])
         log.info("paid %s for %s (session %s)", display(booked), call.url, session.name)
         self.signal.notify()
         if self.on_payment is not None:
@@ -247,7 +250,7 @@ class Purse:
         """Gives up the hold of a call that can never be charged."""
         with self.lock:
             if call.session.drop(call):
-                self.memory.save(call.session, dropped=[call])
+                self._remember(call.session, dropped=[call])
         self.signal.notify()
 
     def leave(self, call: Call) -> None:
@@ -255,16 +258,19 @@ class Purse:
         call.in_flight = False
         self.signal.notify()
 
-    def adopt(self, session: Session, word: Word) -> None:
+    def adopt(self, session: Session, form: Form, word: Word) -> None:
         """Takes over a corrective 402 if it proves that our memory was lost, else stops signing.
 
         The proof is a voucher under our own key, above the highest we remember: only we can have
-        signed it. Nothing a provider merely says ever raises what we sign.
+        signed it. Nothing a provider merely says ever raises what we sign. A `form` that was signed
+        before we learnt better is no difference: the next one will be.
         """
         with self.lock:
+            if form.signed.voucher.cumulative < session.cumulative:
+                return
             if not _proves_loss(session, word):
                 self._differ(session)
-                self.memory.save(session)
+                self._remember(session)
                 raise _accounts_differ(session)
             cumulative = parse_voucher(word.voucher or "").voucher.cumulative
             log.warning("session %s: our memory was behind; adopted our own voucher", session.name)
@@ -273,13 +279,14 @@ class Purse:
             session.unattributed = Atomic(session.unattributed + more)
             session.held = Atomic(session.held + more)
             session.total_seen = session.charged
-            self.memory.save(session)
+            session.proven = True
+            self._remember(session)
 
     def keep(self, session: Session) -> None:
         """Remembers a session as it stands now."""
         with self.lock:
             self.sessions[session.id] = session
-            self.memory.save(session)
+            self._remember(session)
         self.signal.notify()
 
     def renew(self, session: Session, record: EscrowRecord) -> None:
@@ -306,8 +313,15 @@ class Purse:
                 session.held = session.unattributed = Atomic(0)
                 session.charged = session.total_seen = Atomic(charged)
             session.state = State.CLOSED
-            self.memory.save(session, dropped=calls)
+            self._remember(session, dropped=calls)
         self.signal.notify()
+
+    def _remember(self, session: Session, *, dropped: Iterable[Call] = ()) -> None:
+        """Writes what only lowers what we believe to owe: a failure costs memory, not an answer."""
+        try:
+            self.memory.save(session, dropped=dropped)
+        except sqlite3.Error:
+            log.exception("the wallet file cannot be written; it shows more held than there is")
 
     def differ(self, session: Session) -> None:
         """Stops signing in a session whose two accounts do not agree."""

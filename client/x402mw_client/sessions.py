@@ -102,9 +102,10 @@ class Call:
 class Session:
     """A funded relation with one provider, reached at one origin. Amounts are atomic units.
 
-    `target` is what a top-up fills the rest up to.
-    `held` is the sum of the holds of `calls` plus `unattributed`: what the provider reported open
-    when we had lost our memory. `total_seen` is the largest `chargedTotal` of any settled answer.
+    `target` is what a top-up fills the rest up to. `held` is the sum of the holds of `calls` plus
+    `unattributed`: what the provider reported open when we had lost our memory. `total_seen` is the
+    largest `chargedTotal` of any settled answer. A session read back from a file is not `proven`
+    until the provider has answered: the file may be an old copy, which one call alone finds out.
     """
 
     id: bytes
@@ -122,6 +123,7 @@ class Session:
     total_seen: Atomic = ZERO
     state: State = State.OPEN
     calls: dict[int, Call] = field(default_factory=dict)
+    proven: bool = True
     topup_after: float = 0.0
     renew_after: float = 0.0
 
@@ -175,6 +177,10 @@ class Session:
             return False
         self.held = Atomic(self.held - call.hold)
         return True
+
+    def busy(self, call: Call | None) -> bool:
+        """Whether a call other than this one is on its way."""
+        return any(other.in_flight and other is not call for other in self.calls.values())
 
     def doubts(self) -> list[Call]:
         """Calls that nobody is waiting on and whose charge is unknown."""

@@ -4,10 +4,12 @@ The provider judges with the real `core.gate`. `script` holds what it does to th
 instead of the honest thing: each entry takes the request and returns an answer or raises.
 """
 
+import asyncio
 import hashlib
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from x402mw.core.sessions import Account, SessionState, settle
 from x402mw.core.strict import b64_encode, b64url_decode, b64url_encode, dumps
 from x402mw.core.terms import Terms, control_terms, write_requirements
 from x402mw.core.tokens import Receipt, SessionToken
+from x402mw.core.vouchers import parse_voucher
 from x402mw_client import Limits, PaymentTransport, SyncPaymentTransport, Wallet
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow
 
@@ -451,8 +454,6 @@ def sent_payment(request: httpx.Request) -> PaymentPayload:
 
 def sent_voucher(request: httpx.Request) -> Any:
     """The voucher of a request."""
-    from x402mw.core.vouchers import parse_voucher
-
     return parse_voucher(sent_payment(request).payload.voucher)
 
 
@@ -539,3 +540,11 @@ class World:
         """What was paid and what is held, in atomic units."""
         sessions = self.wallet.state.purse.sessions.values()
         return sum(s.charged for s in sessions), sum(s.held for s in sessions)
+
+
+async def many(world: World, paths: list[str]) -> list[httpx.Response]:
+    """Calls all paths at once, in tasks or in threads."""
+    if world.kind == "async":
+        return list(await asyncio.gather(*(world.get(path) for path in paths)))
+    with ThreadPoolExecutor(len(paths)) as pool:
+        return list(pool.map(lambda path: world.http.get(ORIGIN + path), paths))

@@ -2,13 +2,12 @@
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.client.scripted import LIMITS, ORIGIN, World, route, sent_payment, sent_voucher
+from tests.client.scripted import LIMITS, ORIGIN, World, many, route, sent_payment, sent_voucher
 from tests.support import payments as p
 from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.errors import AccountsDiffer, EscrowRefused, EscrowUnavailable
@@ -18,14 +17,6 @@ from x402mw_client.answers import Word
 from x402mw_client.sessions import State, Subject
 
 pytestmark = pytest.mark.anyio
-
-
-async def many(world: World, paths: list[str]) -> list[httpx.Response]:
-    """Calls all paths at once, in tasks or in threads."""
-    if world.kind == "async":
-        return list(await asyncio.gather(*(world.get(path) for path in paths)))
-    with ThreadPoolExecutor(len(paths)) as pool:
-        return list(pool.map(lambda path: world.http.get(ORIGIN + path), paths))
 
 
 async def test_known_terms_need_one_round_trip(world: World) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.client.scripted import ESCROW, LIMITS, World, sent_payment, sent_voucher
+from tests.client.scripted import ESCROW, LIMITS, World, many, sent_payment, sent_voucher
 from tests.support import payments as p
 from x402mw.core.errors import ConfigurationError, LocalError, PaymentOutcomeUnknown
 from x402mw.core.strict import b64url_encode
@@ -147,6 +147,25 @@ async def test_a_rolled_back_file_is_mended(world: World, path: Path, tmp_path: 
     assert (world.money(), world.session.state) == ((5000, 0), State.OPEN)
 
 
+async def test_a_rolled_back_file_is_mended_under_load(
+    world: World, path: Path, tmp_path: Path
+) -> None:
+    """After a restart one call alone finds out what is missing; the others wait for it."""
+    world.connect(path=path)
+    await world.get("/item/a")
+    world.wallet._memory.close()
+    copy = tmp_path / "copy.db"
+    shutil.copy(path, copy)
+    world.connect(path=path)
+    for _ in range(3):
+        await world.get("/item/a")
+    world.wallet._memory.close()
+    world.connect(path=copy)
+    answers = await many(world, ["/item/a"] * 20)
+    assert {answer.status_code for answer in answers} == {200}
+    assert (world.money(), world.session.state) == ((24_000, 0), State.OPEN)
+
+
 async def test_the_total_is_in_the_file_before_the_voucher_leaves(world: World, path: Path) -> None:
     """When a voucher arrives anywhere, the file already knows of it."""
     world.connect(path=path)
@@ -169,6 +188,27 @@ async def test_the_total_is_in_the_file_before_the_voucher_leaves(world: World, 
     await world.get("/item/a")
     voucher = sent_voucher(world.signed[0]).voucher
     assert seen == [(voucher.cumulative, voucher.seq)]
+
+
+async def test_an_answer_is_not_lost_with_the_disk(
+    world: World, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If only the charge cannot be written the caller has its answer, and the file the hold."""
+    world.connect(path=path)
+    await world.get("/item/a")
+    save = world.wallet._memory.save
+
+    def full(*given: Any, **named: Any) -> None:
+        if "opened" not in named:
+            raise sqlite3.OperationalError("disk full")
+        save(*given, **named)
+
+    monkeypatch.setattr(world.wallet._memory, "save", full)
+    assert (await world.get("/item/a")).text == "ran 2"
+    assert "cannot be written" in caplog.text
+    assert world.money() == (2000, 0)
+    restart(world, path)
+    assert world.money() == (1000, 1000)
 
 
 async def test_a_file_that_cannot_be_written_signs_nothing(
