@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.client.scripted import World
+from tests.client.world import World
 from x402mw_client import flow
 
 

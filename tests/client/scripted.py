@@ -1,32 +1,27 @@
-"""A market in memory for tests of the buyer: an honest escrow, and a provider that can misbehave.
+"""A provider in memory for tests of the buyer: honest, unless it is told to misbehave.
 
 The provider judges with the real `core.gate`. `script` holds what it does to the next requests
 instead of the honest thing: each entry takes the request and returns an answer or raises.
 """
 
-import asyncio
 import hashlib
 import json
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 
 from tests.support import payments as p
-from x402mw.core import gate, headers, ids, keys, tokens
-from x402mw.core.amounts import ZERO, Atomic, display, to_atomic
+from x402mw.core import gate, headers, tokens
+from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.gate import Book, Call, CallState, Offer, Outcome, Refused, Standing
 from x402mw.core.messages import PaymentPayload, SettlementExtra, SettlementResponse
 from x402mw.core.sessions import Account, SessionState, settle
-from x402mw.core.strict import b64_encode, b64url_decode, b64url_encode, dumps
+from x402mw.core.strict import b64_encode, b64url_encode, dumps
 from x402mw.core.terms import Terms, control_terms, write_requirements
 from x402mw.core.tokens import Receipt, SessionToken
 from x402mw.core.vouchers import parse_voucher
-from x402mw_client import Limits, PaymentTransport, SyncPaymentTransport, Wallet
-from x402mw_client.escrow import AsyncEscrow, SyncEscrow
 
 ESCROW = "http://127.0.0.1:8401"
 ORIGIN = "http://127.0.0.1:8402"
@@ -42,125 +37,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@dataclass
-class ScriptedEscrow:
-    """The escrow's API for sessions, with real keys and no database."""
-
-    clock: Clock
-    balance: int = 10_000_000
-    sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
-    calls: list[str] = field(default_factory=list)
-    away: bool = False
-    token_seconds: int = 600
-    root: bytes = p.ROOT
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        """Answers one API call."""
-        if self.away:
-            raise httpx.ConnectError("the escrow is away")
-        path = request.url.path
-        self.calls.append(f"{request.method} {path}")
-        body = json.loads(request.content or b"{}")
-        if path == "/.well-known/x402mw-keys":
-            return self._keys()
-        if path == "/api/v1/escrow" and request.method == "GET":
-            items = [self._view(session) for session in self.sessions.values()]
-            return httpx.Response(200, json={"items": items, "next": None})
-        if path == "/api/v1/escrow":
-            return self._open(body)
-        session = self.sessions[path.split("/")[4]]
-        return self._act(session, path.split("/")[-1], body)
-
-    def count(self, what: str) -> int:
-        """How often an API call whose line ends in `what` came."""
-        return sum(line.endswith(what) for line in self.calls)
-
-    def _keys(self) -> httpx.Response:
-        key_set = replace(p.KEY_SET, not_after=int(self.clock()) + 86_400)
-        return httpx.Response(
-            200,
-            json={
-                "network": p.NETWORK,
-                "root_key": b64url_encode(keys.public_key(self.root)),
-                "key_set": tokens.sign_key_set(key_set, self.root),
-            },
-        )
-
-    def _open(self, body: dict[str, Any]) -> httpx.Response:
-        amount = to_atomic(body["amount"])
-        if amount > self.balance:
-            return self._refuse("insufficient_funds", balance=display(self.balance))
-        self.balance -= amount
-        name = ids.format_id(ids.ESCROW, os.urandom(16))
-        life = body.get("expires_in_seconds", 86_400)
-        self.sessions[name] = {
-            "escrow_id": name,
-            "deposit": amount,
-            "status": "locked",
-            "expires_at": int(self.clock()) + life,
-            **body,
-        }
-        return self._answer(self.sessions[name])
-
-    def _act(self, session: dict[str, Any], action: str, body: dict[str, Any]) -> httpx.Response:
-        if session["status"] != "locked":
-            return self._refuse("invalid_state")
-        if action == "topup":
-            amount = to_atomic(body["amount"])
-            if amount > self.balance:
-                return self._refuse("insufficient_funds", balance=display(self.balance))
-            self.balance -= amount
-            session["deposit"] += amount
-        if action == "close":
-            session["status"] = "closing"
-        return self._answer(session)
-
-    def _refuse(self, code: str, **more: str) -> httpx.Response:
-        problem = {"type": f"urn:x402mw:problem:{code}", "code": code, "detail": code, **more}
-        return httpx.Response(409, json=problem)
-
-    def _answer(self, session: dict[str, Any]) -> httpx.Response:
-        return httpx.Response(200, json=self._view(session) | {"token": self.token(session)})
-
-    def token(self, session: dict[str, Any]) -> str:
-        """A session token as of now."""
-        now = int(self.clock())
-        return tokens.sign_session_token(
-            SessionToken(
-                network=p.NETWORK,
-                session=ids.parse_id(ids.ESCROW, session["escrow_id"]),
-                pay_to=session["to_agent_id"],
-                journal=ids.parse_id(ids.JOURNAL, session["journal"]),
-                session_key=b64url_decode(session["session_key"], 32),
-                receipt_key=p.RECEIPT_KEY,
-                payer=p.PAYER,
-                asset="USDC",
-                deposit=session["deposit"],
-                released=ZERO,
-                exp=now + self.token_seconds,
-                claim_until=now + self.token_seconds + 300,
-            ),
-            p.SIGNER,
-        )
-
-    def _view(self, session: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "escrow_id": session["escrow_id"],
-            "status": session["status"],
-            "from_agent_id": p.PAYER,
-            "to_agent_id": session["to_agent_id"],
-            "asset": "USDC",
-            "amount": display(session["deposit"]),
-            "released": "0.00",
-            "refunded": "0.00",
-            "remaining": display(session["deposit"]),
-            "fee": "0.00",
-            "session_key": session["session_key"],
-            "journal": session["journal"],
-            "expires_at": session["expires_at"],
-        }
 
 
 def route(method: str, template: str, amount: int, **more: Any) -> Terms:
@@ -455,96 +331,3 @@ def sent_payment(request: httpx.Request) -> PaymentPayload:
 def sent_voucher(request: httpx.Request) -> Any:
     """The voucher of a request."""
     return parse_voucher(sent_payment(request).payload.voucher)
-
-
-class ScriptedWallet(Wallet):
-    """A wallet whose escrow is the scripted one."""
-
-    def __init__(self, handler: Answer, **settings: Any) -> None:
-        self._handler = handler
-        super().__init__(escrow=ESCROW, api_key="pf_live_secret", **settings)
-
-    def async_escrow(self) -> AsyncEscrow:
-        client = httpx.AsyncClient(transport=httpx.MockTransport(self._handler))
-        return AsyncEscrow(ESCROW, "pf_live_secret", client=client)
-
-    def sync_escrow(self) -> SyncEscrow:
-        client = httpx.Client(transport=httpx.MockTransport(self._handler))
-        return SyncEscrow(ESCROW, "pf_live_secret", client=client)
-
-
-LIMITS = Limits(per_request="0.01", total="1.00")
-
-
-@dataclass
-class World:
-    """Escrow, provider and one wallet, reached through the async or the sync transport."""
-
-    kind: str
-    clock: Clock = field(default_factory=Clock)
-
-    def __post_init__(self) -> None:
-        self.escrow = ScriptedEscrow(self.clock)
-        self.provider = ScriptedProvider(self.clock)
-        self.inner = httpx.MockTransport(lambda request: self.provider(request))
-        self.connect()
-
-    def connect(self, limits: Limits = LIMITS, **settings: Any) -> None:
-        """Starts over with a new wallet."""
-        self.wallet = ScriptedWallet(self.escrow, limits=limits, clock=self.clock, **settings)
-        if self.kind == "async":
-            self.transport: Any = PaymentTransport(self.wallet, self.inner)
-            self.http: Any = httpx.AsyncClient(transport=self.transport, follow_redirects=True)
-        else:
-            self.transport = SyncPaymentTransport(self.wallet, self.inner)
-            self.http = httpx.Client(transport=self.transport, follow_redirects=True)
-
-    async def send(self, method: str, path: str, **more: Any) -> httpx.Response:
-        """One call of the caller."""
-        url = path if "://" in path else ORIGIN + path
-        answer = self.http.request(method, url, **more)
-        return await answer if self.kind == "async" else answer
-
-    async def get(self, path: str, **more: Any) -> httpx.Response:
-        """One GET."""
-        return await self.send("GET", path, **more)
-
-    async def resume(self, handle: Any) -> httpx.Response:
-        """Resumes a payment."""
-        if self.kind == "async":
-            return await handle.resume(self.transport)
-        return handle.resume_sync(self.transport)
-
-    async def close(self) -> None:
-        """Closes the client, which closes the wallet's sessions."""
-        if self.kind == "async":
-            await self.http.aclose()
-        else:
-            self.http.close()
-
-    @property
-    def session(self) -> Any:
-        """The newest session of the wallet."""
-        return list(self.wallet.state.purse.sessions.values())[-1]
-
-    @property
-    def signed(self) -> list[httpx.Request]:
-        """The requests for goods that carried a payment."""
-        return [
-            request
-            for request in self.provider.requests
-            if "PAYMENT-SIGNATURE" in request.headers and request.url.path != p.QUOTE.control
-        ]
-
-    def money(self) -> tuple[int, int]:
-        """What was paid and what is held, in atomic units."""
-        sessions = self.wallet.state.purse.sessions.values()
-        return sum(s.charged for s in sessions), sum(s.held for s in sessions)
-
-
-async def many(world: World, paths: list[str]) -> list[httpx.Response]:
-    """Calls all paths at once, in tasks or in threads."""
-    if world.kind == "async":
-        return list(await asyncio.gather(*(world.get(path) for path in paths)))
-    with ThreadPoolExecutor(len(paths)) as pool:
-        return list(pool.map(lambda path: world.http.get(ORIGIN + path), paths))

@@ -5,7 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.client.scripted import ORIGIN, World, route, sent_payment, sent_voucher
+from tests.client.scripted import ORIGIN, route, sent_payment, sent_voucher
+from tests.client.world import World
 from x402mw.core.errors import (
     AccountsDiffer,
     PaidOutcomeGone,

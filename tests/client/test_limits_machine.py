@@ -6,7 +6,8 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.client.scripted import ORIGIN, World, route
+from tests.client.scripted import ORIGIN, route
+from tests.client.world import World
 from x402mw.core.errors import LimitExceeded
 from x402mw_client import Limits
 from x402mw_client.purse import Stale

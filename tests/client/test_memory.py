@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.client.scripted import ESCROW, LIMITS, World, many, sent_payment, sent_voucher
+from tests.client.scripted import ESCROW, sent_payment, sent_voucher
+from tests.client.world import LIMITS, World, many
 from tests.support import payments as p
 from x402mw.core.errors import ConfigurationError, LocalError, PaymentOutcomeUnknown
 from x402mw.core.strict import b64url_encode
@@ -232,7 +233,7 @@ async def test_a_file_that_cannot_be_written_signs_nothing(
 BUYER = """
     import sys, httpx
     sys.path[:0] = [{root!r}, {client!r}]
-    from tests.client.scripted import World
+    from tests.client.world import World
     world = World("sync")
     world.connect(path={path!r})
     real = world.provider.honest

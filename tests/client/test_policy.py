@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.client.scripted import ESCROW, World, route, sent_payment
+from tests.client.scripted import ESCROW, route, sent_payment
+from tests.client.world import World
 from tests.support import payments as p
 from x402mw.core.errors import (
     BodyNotReplayable,

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.client.scripted import ORIGIN, World
+from tests.client.scripted import ORIGIN
+from tests.client.world import World
 
 pytestmark = pytest.mark.anyio
 
