@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Match
 
 from x402mw.core.errors import ConfigurationError
 from x402mw.core.pricing import Free
-from x402mw.core.routes import RouteTable, priced_method, sample_path
+from x402mw.core.routes import priced_method, sample_path
 from x402mw.provider.prices import PricedRoute, shape
 
 CLAIM_MARGIN_SECONDS = 180
@@ -150,13 +150,11 @@ def _leaves(routes: Iterable[Any], prefix: str = "") -> Iterator[_Leaf]:
             yield _Leaf(route, prefix)
 
 
-def check_paths(path_prefix: str, control: str, table: RouteTable[PricedRoute | Free]) -> None:
+def check_paths(path_prefix: str, control: str) -> None:
     """Checks the prefix and the control path, which buyers append to an origin."""
     for name, path in (("path_prefix", path_prefix or "/"), ("control_path", control)):
         if not _PLAIN_PATH.fullmatch(path):
             raise ConfigurationError(f'{name} is a plain path such as "/api", not {path!r}')
-    if table.covers(control):
-        raise ConfigurationError(f"control_path {control!r} is a path of the price list")
 
 
 def check_times(prices: Routes, *, claim_seconds: int, redeem_seconds: int) -> None:

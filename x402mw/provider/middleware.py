@@ -117,12 +117,12 @@ class PaymentMiddleware:
         if self._table is None:
             prices = read_prices(self._prices)
             routes = checks.find_routes(self.app)
-            if routes is None:
+            if routes is None and scope["type"] == "lifespan":
+                # Elsewhere `app` may be another one, into which ours is mounted.
                 routes = checks.find_routes(scope.get("app"))
             order = [] if routes is None else checks.check_routes(prices, routes)
-            table = price_table(prices, order)
-            checks.check_paths(self._path_prefix, self._control_path, table)
-            self._table = table
+            checks.check_paths(self._path_prefix, self._control_path)
+            self._table = price_table(prices, order)
         return self._table
 
     async def _ready(self, scope: Scope) -> Service:

@@ -38,7 +38,7 @@ class Origins:
         for text in origins:
             origin = normal_origin(text)
             scheme, _, host = origin.partition("://")
-            spellings = {host} if re.search(r":[0-9]+$", host) else {host, host + _PORTS[scheme]}
+            spellings = [host] if re.search(r":[0-9]+$", host) else [host, host + _PORTS[scheme]]
             for spelling in spellings:
                 if self._by_host.setdefault(spelling, origin) != origin:
                     raise ConfigurationError(f"{host} is configured as two origins")
