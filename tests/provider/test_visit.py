@@ -5,13 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from tests.support import payments
 from tests.support.payments import NOW, encode, seed
 from tests.support.provider import Desk, Handler, Line, Shop, make_scope, selling, text
 from x402mw.core import gate
 from x402mw.core.errors import UnknownKey
-from x402mw.provider import PerCall, PerUnit, Priced, request
+from x402mw.provider import PaymentMiddleware, PerCall, PerUnit, Priced, request
 
 pytestmark = pytest.mark.anyio
 
@@ -289,6 +291,21 @@ async def test_an_unbound_body_streams_to_the_handler(tmp_path):
         payment = shop.payment(UPLOAD, target="/upload", binding=1, cumulative=2000)
         answer = await shop.pay(payment, chunks=[b"any", b"thing"])
         assert (answer.status, parts) == (200, [b"any", b"thing"])
+
+
+async def test_a_mounted_app_is_paid_under_its_prefix(tmp_path):
+    """Behind a mount the buyer signs for the whole path, and controls under the prefix too."""
+    desk = Desk(tmp_path / "j.db")
+    inner = PaymentMiddleware(Handler(), provider=desk, prices=PRICES, path_prefix="/api")
+    outer = Starlette(routes=[Mount("/api", inner)])
+    async with selling(inner, PRICES, tmp_path, desk=desk, outer=outer) as shop:
+        answer = await shop.pay(shop.payment(target="/api/quote/BTC?a=1"))
+        assert (answer.status, answer.account) == (200, ("settled", "1000", "1000"))
+        refused = await shop.pay(shop.payment(target="/quote/BTC", seq=8))
+        assert refused.status == 404
+        control = shop.control({"op": "receipt"}, seq=9)
+        assert control.target == "/api/x402mw/control"
+        assert (await shop.pay(control)).status == 200
 
 
 # What the app sees, and what of its answer is passed on.

@@ -75,6 +75,7 @@ class Service:
     served: dict[tuple[str, str], ServedRoute] = field(init=False)
     running: set[tuple[bytes, int]] = field(default_factory=set)
     _tasks: set[asyncio.Future[Any]] = field(default_factory=set)
+    _stopping: bool = False
 
     def standing(self, session: bytes, unredeemed: Atomic) -> Standing:
         """What bears on admission besides the rows; called inside the write transaction."""
@@ -97,8 +98,9 @@ class Service:
         try:
             settled = await self.journal.settle(admitted, used=used, outcome=outcome)
         except JournalUnavailable:
-            later = self._settle_later(admitted, used if begun else None)
-            self.keep(asyncio.ensure_future(later))
+            if not self._stopping:
+                later = self._settle_later(admitted, used if begun else None)
+                self.keep(asyncio.ensure_future(later))
             raise
         if settled.charge == 0:
             self.quota.spend(admitted.session, self.clock())
@@ -113,7 +115,7 @@ class Service:
             try:
                 await self.journal.settle(admitted, used=used, outcome=None)
             except JournalUnavailable:
-                log.exception("the journal still cannot write; a call waits to be settled")
+                log.warning("the journal still cannot write; a call waits to be settled")
             else:
                 return
 
@@ -124,6 +126,7 @@ class Service:
 
     async def stop(self) -> None:
         """Stops what runs behind, hands in what is owed, and closes the journal."""
+        self._stopping = True
         if self._tasks:
             # These settle calls; only what the journal will not take now is left to its recovery.
             _, late = await asyncio.wait(self._tasks, timeout=STOP_SECONDS)
