@@ -1,5 +1,6 @@
 """The charge table of `docs/provider.md`, row by row, for both kinds of price."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -174,6 +175,44 @@ async def test_head_costs_what_get_costs(tmp_path, script):
     answer, charged, _ = await run(tmp_path, CALL, *script, method="HEAD")
     assert answer.finished
     assert charged == 1000
+
+
+class Shameless:
+    """An app that goes on after its errors; `script` is what it sends."""
+
+    def __init__(self, *script: Any) -> None:
+        self.script = script
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        for message in self.script:
+            with contextlib.suppress(RuntimeError):
+                await send(message)
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "charge"),
+    [
+        pytest.param((start(), body(b"a", more=True), start(500), body()), 200, 100, id="error"),
+        pytest.param((body(b"goods"), *WHOLE), 200, 100, id="body first"),
+        pytest.param((start(length=9), body(b"a", more=True), *WHOLE), 200, 100, id="two starts"),
+        pytest.param((body(b"goods"),), 500, 0, id="only a body"),
+    ],
+)
+async def test_an_answer_in_disorder_is_charged_as_what_goes_out(tmp_path, script, status, charge):
+    """No order of messages gets an answer through for nothing, or nothing for the price."""
+    async with selling(Shameless(*script), PRICES, tmp_path) as shop:
+        answer = await answer_of(shop.pay(shop.payment(METER, target="/meter", cumulative=9000)))
+        assert answer.status == status
+        assert (await shop.account()).charged == charge
+        assert sum("status" in message for message in answer.messages) == 1
+
+
+async def test_header_fields_may_come_one_by_one(tmp_path):
+    """The app's header fields may be any iterable, also one that can be read only once."""
+    fields = [(b"content-length", b"4"), (b"x-own", b"1")]
+    first = {"type": "http.response.start", "status": 200, "headers": iter(fields)}
+    answer, charged, _ = await run(tmp_path, CALL, first, body(b"done"))
+    assert (answer.header("x-own"), charged) == ("1", 1000)
 
 
 async def test_use_above_the_maximum_is_charged_at_the_maximum(tmp_path):

@@ -45,9 +45,9 @@ T = TypeVar("T")
 class PaidCall:
     """The state of one admitted call, and the `send` that its app is given.
 
-    `start` is the app's status line, `started` tells that it went out, `complete` that the last
-    byte did. While `holding`, the answer waits in `held`. `charged` tells that this answer is one
-    to be paid for. Once the journal was `unavailable`, nothing more is served.
+    `start` is the app's status line, `started` tells that it went out. While `holding`, the answer
+    waits in `held`. `charged` tells that this answer is one to be paid for. Once the journal was
+    `unavailable`, nothing more is served.
     """
 
     service: Service
@@ -60,7 +60,6 @@ class PaidCall:
     send: Send
     start: Message | None = None
     started: bool = False
-    complete: bool = False
     holding: bool = False
     held: bytearray = field(default_factory=bytearray)
     charged: bool = False
@@ -105,7 +104,11 @@ class PaidCall:
     # The answer.
 
     async def _on_start(self, message: Message) -> None:
-        self.start = message
+        if self.started:
+            raise RuntimeError("an answer begins only once")
+        # Fields may come as a generator, and are read more than once here.
+        self.start = message = {**message, "headers": list(message.get("headers", ()))}
+        self.held.clear()
         status = message["status"]
         self.charged = self.served.route.charges(status)
         length = 0 if status in _NO_BODY else _content_length(message)
@@ -121,6 +124,8 @@ class PaidCall:
             await self._send_start()
 
     async def _on_body(self, body: bytes, *, more: bool) -> None:
+        if self.start is None:
+            raise RuntimeError("an answer begins with its status line")
         if not more:
             # The handler is done in time. What it does after its answer is its own affair.
             self.limit.reschedule(None)
@@ -229,7 +234,6 @@ class PaidCall:
     async def _send_body(self, body: bytes, *, more: bool) -> None:
         await self.send({"type": "http.response.body", "body": body, "more_body": more})
         if not more:
-            self.complete = True
             self.service.running.discard((self.claim.session, self.claim.seq))
 
     async def _send_failure(self) -> None:
