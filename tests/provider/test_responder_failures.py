@@ -228,8 +228,9 @@ async def test_a_stream_that_cannot_be_marked_as_begun_does_not_begin(tmp_path):
 
 async def test_stopping_waits_for_charges_under_way(tmp_path):
     """A charge that is being written when the provider stops is not lost."""
-    async with selling(Handler(*text()), PRICES, tmp_path) as shop:
-        entered, go = asyncio.Event(), asyncio.Event()
+    handler = Handler(start(), count(tokens=100), body(b"a", more=True), forever)
+    async with selling(handler, PRICES, tmp_path) as shop:
+        entered, go, line = asyncio.Event(), asyncio.Event(), Line()
         real = shop.journal.settle
 
         async def slow(*args: Any, **more: Any) -> Any:
@@ -238,24 +239,20 @@ async def test_stopping_waits_for_charges_under_way(tmp_path):
             return await real(*args, **more)
 
         shop.journal.settle = slow
-        call = asyncio.create_task(shop.pay(payment(shop, CALL)))
-        await entered.wait()
+        scope = make_scope("GET", "/meter", [shop.header(payment(shop, METER))])
+        call = asyncio.create_task(shop.app(scope, line.receive, line.send))
+        await line.until(2)
         call.cancel()
-        await asyncio.sleep(0)
+        await entered.wait()
         # Now it waits for its charge, shielded; a server in a hurry cancels once more.
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
-        stopping = asyncio.create_task(shop.service.stop())
+        stopping = asyncio.create_task(shop.middleware._stop())
         await asyncio.sleep(0)
         go.set()
         await stopping
-        shop.service = await shop.middleware._provider.start(
-            {key: one.route for key, one in shop.service.served.items()},
-            path_prefix="",
-            control_path="/x402mw/control",
-        )
-        shop.middleware._service = shop.service
-        assert await shop.state(7) is CallState.SETTLED
+        shop.service = await shop.middleware._ready({"type": "http"})
+        assert (await shop.account()).charged == 300
 
 
 # Cancellation and the buyer.
