@@ -18,6 +18,7 @@ from x402mw.core.errors import (
     EscrowUnavailable,
     Malformed,
     TokenRefused,
+    X402mwError,
 )
 from x402mw.core.strict import loads_object
 from x402mw.core.terms import control_terms, write_requirements
@@ -33,6 +34,8 @@ log = logging.getLogger("x402mw.client")
 
 CLOSE_SECONDS = 5.0
 DOUBTS_AT_ONCE = 16
+LEARN_PAUSES = (0.0, 0.25)
+"""The provider may need a moment to notice that an answer was cut short."""
 LIVE = ("locked", "partially_released")
 
 
@@ -76,6 +79,23 @@ def resolve(wallet: WalletState, call: Call, now: float) -> Story[bool]:
         wallet.purse.free(call)
         return True
     return False
+
+
+def learn_charge(wallet: WalletState, call: Call) -> Story[None]:
+    """Asks for the figure of an answer whose body has just ended.
+
+    What fails here fails silently: the call stays held, and is asked for again when there is need.
+    """
+    try:
+        for pause in LEARN_PAUSES:
+            if pause:
+                yield Sleep(pause)
+            if not call.session.may_ask(wallet.clock()):
+                return
+            if call.charge is not None or (yield from resolve(wallet, call, wallet.clock())):
+                return
+    except (httpx.HTTPError, X402mwError) as error:
+        log.info("the charge for %s is not known yet: %s", call.url, error)
 
 
 def _read_receipt_word(answer: httpx.Response, seq: int) -> Word | None:

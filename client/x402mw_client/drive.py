@@ -7,7 +7,7 @@ can be used again; the one that ends the story passes through untouched.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import httpx
@@ -15,6 +15,7 @@ import httpx
 from x402mw.core import headers
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow
 from x402mw_client.steps import (
+    After,
     Ask,
     Control,
     Discard,
@@ -104,6 +105,9 @@ class AsyncDriver:
                 return await answer.aread()
             case Discard(answer):
                 return await _read_async(answer)
+            case After(answer, story):
+                answer.stream = _ThenAsync(answer.stream, lambda: self.run(story))
+                return None
             case Ask(operation):
                 return await self._escrow.run(operation)
             case Sleep(seconds):
@@ -150,6 +154,9 @@ class SyncDriver:
                 return answer.read()
             case Discard(answer):
                 return _read(answer)
+            case After(answer, story):
+                answer.stream = _Then(answer.stream, lambda: self.run(story))
+                return None
             case Ask(operation):
                 return self._escrow.run(operation)
             case Sleep(seconds):
@@ -157,6 +164,42 @@ class SyncDriver:
             case Wait(condition, seconds):
                 return self._signal.wait(condition, seconds)
         raise AssertionError(step)
+
+
+# Answers that something follows. httpx closes a stream at its end as well as before it.
+
+
+class _ThenAsync(httpx.AsyncByteStream):
+    """An answer's stream, passed through as it is, and what follows once it is closed."""
+
+    def __init__(self, stream: Any, then: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._stream, self._then = stream, [then]
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        found: AsyncIterator[bytes] = aiter(self._stream)
+        return found
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+        task = asyncio.current_task()
+        # Who was cancelled is not kept waiting.
+        if self._then and not (task and task.cancelling()):
+            await self._then.pop()()
+
+
+class _Then(httpx.SyncByteStream):
+    """The same for plain code."""
+
+    def __init__(self, stream: Any, then: Callable[[], None]) -> None:
+        self._stream, self._then = stream, [then]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._stream)
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._then:
+            self._then.pop()()
 
 
 # Requests.

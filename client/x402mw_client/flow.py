@@ -23,13 +23,13 @@ from x402mw.core.errors import (
 from x402mw.core.vouchers import BIND_REQUEST
 from x402mw_client import answers
 from x402mw_client.answers import Verdict, Word, classify, read_word, retry_after
-from x402mw_client.closing import resolve_doubts
+from x402mw_client.closing import learn_charge, resolve_doubts
 from x402mw_client.escrow import check_secure
 from x402mw_client.offers import choose, names_escrow, read_accepts
-from x402mw_client.purse import Stale, paid
+from x402mw_client.purse import Stale
 from x402mw_client.sessions import Call, Form, Offer, Session
 from x402mw_client.state import WalletState
-from x402mw_client.steps import Outgoing, Read, Send, Sleep, Story, Wait
+from x402mw_client.steps import After, Outgoing, Read, Send, Sleep, Story, Wait
 from x402mw_client.upkeep import funded_session, renew_token, trust
 
 PROBE_SECONDS = 1.0
@@ -41,7 +41,8 @@ SIGNINGS_MAX = 4
 STALE_MAX = 8
 
 PAYMENT = "x402mw_payment"
-"""The key of `response.extensions` under which the caller finds its `Paid`."""
+"""The key of `response.extensions` under which the caller finds its `Paid`; of an answer that
+streams its `charge` is filled in when the body has ended."""
 
 # Nothing of the request has left when one of these is raised.
 NOT_SENT: Final = (
@@ -210,7 +211,7 @@ class Payment:
         if word is None:
             return (yield from self._foreign(call, answer))
         if verdict in (Verdict.SETTLED, Verdict.OPEN, Verdict.REJECTED):
-            return self._deliver(verdict, call, answer, word)
+            return (yield from self._deliver(verdict, call, answer, word))
         if verdict is Verdict.REPLACED:
             return (yield from self._replaced(call))
         yield from self._go_on(verdict, call, answer, word)
@@ -218,15 +219,20 @@ class Payment:
 
     def _deliver(
         self, verdict: Verdict, call: Call, answer: httpx.Response, word: Word
-    ) -> httpx.Response:
+    ) -> Story[httpx.Response]:
+        if verdict is Verdict.REJECTED:
+            self.wallet.purse.free(call)
+            return answer
+        answer.extensions[PAYMENT] = call.paid
         if verdict is Verdict.SETTLED:
             self.wallet.purse.settle(call, word.charge, word)
-            answer.extensions[PAYMENT] = paid(call, min(word.charge, call.hold))
-        elif verdict is Verdict.OPEN:
-            call.session.proven = True
-            answer.extensions[PAYMENT] = paid(call, None)
         else:
-            self.wallet.purse.free(call)
+            call.session.proven = True
+            asking = learn_charge(self.wallet, call)
+            if answer.is_closed:
+                yield from asking
+            else:
+                yield After(answer, asking)
         return answer
 
     def _go_on(

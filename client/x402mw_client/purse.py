@@ -36,7 +36,7 @@ from x402mw.core.vouchers import (
 from x402mw_client.answers import Word
 from x402mw_client.memory import Memory
 from x402mw_client.operations import EscrowRecord
-from x402mw_client.sessions import Call, Form, Offer, Session, State, Subject, differs
+from x402mw_client.sessions import Call, Form, Offer, Paid, Session, State, Subject, differs
 from x402mw_client.waiting import Signal
 
 log = logging.getLogger("x402mw.client")
@@ -77,17 +77,6 @@ class Bounds:
             None if limits.session is None else to_atomic(limits.session),
             None if limits.max_open is None else to_atomic(limits.max_open),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Paid:
-    """What one call cost. `charge` is None while the figure is not final; amounts are atomic."""
-
-    url: str
-    session: str
-    seq: int
-    amount: int
-    charge: int | None
 
 
 class Stale(Exception):
@@ -233,7 +222,7 @@ class Purse:
         with self.lock:
             if not session.drop(call):
                 return
-            booked = call.charge = Atomic(min(charge, call.hold))
+            booked = call.charge = call.paid.charge = Atomic(min(charge, call.hold))
             session.charged = Atomic(session.charged + booked)
             if word is not None:
                 session.proven = True
@@ -244,7 +233,7 @@ class Purse:
         log.info("paid %s for %s (session %s)", display(booked), call.url, session.name)
         self.signal.notify()
         if self.on_payment is not None:
-            self.on_payment(paid(call, booked))
+            self.on_payment(call.paid)
 
     def free(self, call: Call) -> None:
         """Gives up the hold of a call that can never be charged."""
@@ -331,11 +320,6 @@ class Purse:
     def _differ(self, session: Session) -> None:
         session.state = State.DIFFERS
         log.error("session %s: the provider's account is not ours; not signing", session.name)
-
-
-def paid(call: Call, charge: int | None) -> Paid:
-    """What the caller is told of a call."""
-    return Paid(call.url, call.session.name, call.seq, call.hold, charge)
 
 
 def _new_seq(session: Session) -> int:

@@ -25,6 +25,8 @@ LAST_SECONDS = 600
 """A session takes no new calls this long before it ends at the escrow."""
 RENEW_SECONDS = 180
 """A token is renewed this long before it expires."""
+ASKS_AT_ONCE, ASK_SECONDS = 20, 3.0
+"""How many questions may be asked in a row, and how long (seconds) each takes to be forgotten."""
 
 
 _peek = lru_cache(maxsize=256)(peek_session_token)
@@ -72,6 +74,21 @@ class Form:
     expires: int
 
 
+@dataclass(slots=True)
+class Paid:
+    """What one call cost, in atomic units: at most `amount`; `charge` once the figure is final.
+
+    Of an answer that streams the figure is known when its body has ended; until then, and for as
+    long as the provider cannot be asked, `charge` is None.
+    """
+
+    url: str
+    session: str
+    seq: int
+    amount: int = 0
+    charge: int | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One logical request that was signed for. `hold` is the largest amount of its forms.
@@ -88,6 +105,11 @@ class Call:
     forms: list[Form] = field(default_factory=list)
     in_flight: bool = True
     charge: Atomic | None = None
+    paid: Paid = field(init=False)
+
+    def __post_init__(self) -> None:
+        """What the caller is told of it, from now on."""
+        self.paid = Paid(self.url, self.session.name, self.seq)
 
     def form_of(self, commitment: str) -> Form | None:
         """The form with this commitment id, if we ever signed it."""
@@ -126,6 +148,7 @@ class Session:
     proven: bool = True
     topup_after: float = 0.0
     renew_after: float = 0.0
+    asked_until: float = 0.0
 
     @cached_property
     def secret(self) -> bytes:
@@ -160,6 +183,17 @@ class Session:
         """Whether a new call may be signed in this session."""
         return self.state is State.OPEN and now < self.expires_at - LAST_SECONDS
 
+    def may_ask(self, now: float) -> bool:
+        """Counts one question to the provider's control path, if it is not one too many.
+
+        Providers limit such questions (60 a minute), and refuse calls too when they were too many.
+        """
+        until = max(self.asked_until, now) + ASK_SECONDS
+        if until > now + ASK_SECONDS * ASKS_AT_ONCE:
+            return False
+        self.asked_until = until
+        return True
+
     def held_by(self, call: Call | None) -> int:
         """What a call holds now."""
         return call.hold if call is not None and call.seq in self.calls else 0
@@ -168,6 +202,7 @@ class Session:
         """Raises what a call holds to `amount`; it never holds less than its largest form."""
         before = self.held_by(call)
         call.hold = Atomic(max(call.hold, amount))
+        call.paid.amount = call.hold
         self.held = Atomic(self.held + call.hold - before)
         self.calls[call.seq] = call
 

@@ -11,7 +11,8 @@ from x402mw.core.vouchers import network_id
 from x402mw_client.memory import Memory
 from x402mw_client.offers import LearntOffers, ProbeGate, normal_url, read_offer
 from x402mw_client.operations import EscrowKeys
-from x402mw_client.purse import Limits, Paid, Purse
+from x402mw_client.purse import Limits, Purse
+from x402mw_client.sessions import Paid
 from x402mw_client.waiting import Sections
 
 BUFFER_BYTES = 1024 * 1024

@@ -1,9 +1,9 @@
 """The steps that the pay-and-retry story is told in, and the request that it is about.
 
 A story is a generator of steps; `drive` carries each out and sends its result back in. Five kinds
-reach outside: `Send` and `Control` to the provider (`Read` completes an answer of it), `Ask` to the
-escrow, `Sleep`, and `Wait` for a condition of the wallet, with which single-flight sections and the
-probe gate are built as well.
+reach outside: `Send` and `Control` to the provider (`Read` completes an answer of it, and `After`
+goes on once the caller has read one), `Ask` to the escrow, `Sleep`, and `Wait` for a condition of
+the wallet, with which single-flight sections and the probe gate are built as well.
 """
 
 import hashlib
@@ -50,6 +50,14 @@ class Discard:
 
 
 @dataclass(frozen=True, slots=True)
+class After:
+    """Tell another story once the caller is done with the body of an answer, and not before."""
+
+    answer: httpx.Response
+    story: "Story[None]"
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """Carry out an operation at the escrow."""
 
@@ -71,7 +79,7 @@ class Wait:
     seconds: float
 
 
-Step = Send | Control | Read | Discard | Ask | Sleep | Wait
+Step = Send | Control | Read | Discard | After | Ask | Sleep | Wait
 T = TypeVar("T")
 Story = Generator[Step, Any, T]
 

@@ -14,8 +14,8 @@ from x402mw_client.closing import close_all, close_lost
 from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
 from x402mw_client.memory import Memory
-from x402mw_client.purse import Limits, Paid
-from x402mw_client.sessions import State
+from x402mw_client.purse import Limits
+from x402mw_client.sessions import Paid, State
 from x402mw_client.state import BUFFER_BYTES, WalletState
 from x402mw_client.steps import Story
 

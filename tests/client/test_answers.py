@@ -324,6 +324,7 @@ async def test_a_route_that_is_no_longer_priced(world: World) -> None:
 async def test_an_open_figure_is_asked_for_later(world: World) -> None:
     """While the figure is not final the maximum stays held; closing brings the true charge."""
     world.provider.unfinished, world.provider.charge = True, 300
+    world.provider.control_script = [world.provider.answer(503)] * 2
     answer = await world.get("/item/a")
     assert answer.extensions["x402mw_payment"].charge is None
     assert world.money() == (0, 1000)
@@ -335,6 +336,7 @@ async def test_what_is_held_is_asked_for_before_a_limit_refuses(world: World) ->
     """Calls whose charge can be learnt do not block others."""
     world.connect(limits=_limits(total="0.0025"))
     world.provider.unfinished, world.provider.charge = True, 300
+    world.provider.control_script = [world.provider.answer(503)] * 4
     for _ in range(5):
         assert (await world.get("/item/a")).status_code == 200
     charged, held = world.money()

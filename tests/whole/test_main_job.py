@@ -69,6 +69,17 @@ async def test_a_metered_call_costs_what_it_used(market: Market) -> None:
         assert wallet.spent == 1000
 
 
+async def test_a_stream_costs_what_it_gave(market: Market) -> None:
+    """A streamed answer's charge is known right after its last byte, or after it was cut short."""
+    wallet = wallet_for(market)
+    async with httpx.AsyncClient(transport=PaymentTransport(wallet)) as http:
+        answer = await http.get(f"{market.shop.url}/stream/300")
+        assert answer.extensions["x402mw_payment"].charge == wallet.spent == 300 * 100
+        async with http.stream("GET", f"{market.shop.url}/stream/900") as cut:
+            await anext(cut.aiter_lines())
+        assert 300 * 100 < wallet.spent <= 1200 * 100
+
+
 async def test_a_failing_handler_costs_nothing(market: Market) -> None:
     """A handler that raises answers 500, and the buyer pays nothing."""
     wallet = wallet_for(market)
