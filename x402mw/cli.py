@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from x402mw.escrow.settings import Settings
 
 ROOT_KEY_VARIABLE = "X402MW_ROOT_KEY"
+DATABASE_VARIABLE = "X402MW_ESCROW_DB"
 DATABASE = "x402mw-escrow.db"
 NETWORK = "escrow:main"
 
@@ -39,7 +40,12 @@ escrow = typer.Typer(no_args_is_help=True, help="Runs and audits an escrow servi
 app.add_typer(escrow, name="escrow")
 
 Database = Annotated[
-    str, typer.Option("--db", help="A SQLite file, or postgresql://user:password@host/name.")
+    str,
+    typer.Option(
+        "--db",
+        envvar=DATABASE_VARIABLE,
+        help="A SQLite file, or postgresql://user:password@host/name.",
+    ),
 ]
 Result = TypeVar("Result")
 
@@ -208,11 +214,13 @@ def register(
         with httpx.Client(timeout=10) as http:
             keys = http.get(f"{base}/.well-known/x402mw-keys").raise_for_status().json()
             open_key_set(keys["key_set"], b64url_decode(keys["root_key"], 32))
-            answer = http.post(f"{base}/api/v1/agents", json={"name": name})
-            agent = answer.raise_for_status().json()
+            agent = http.post(f"{base}/api/v1/agents", json={"name": name}).json()
+            if "detail" in agent:
+                _fail(f"{base} refused: {agent['detail']}")
             api_key, agent_id = agent["api_key"], agent["agent_id"]
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        _fail(f"{base} did not answer as an escrow: {error}")
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        _fail(f"{base} did not answer as an escrow: {reason}")
     typer.echo(f"X402MW_ESCROW={base}")
     typer.echo(f"X402MW_AGENT={agent_id}")
     typer.echo(f"X402MW_API_KEY={api_key}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import create_engine, insert, inspect
 from sqlalchemy.exc import IntegrityError
 
 from tests.escrow.market import code_of, market
@@ -233,3 +233,15 @@ def test_money_needs_a_database_that_lasts(text: str) -> None:
     """Failures: memory databases and unknown servers are refused at start."""
     with pytest.raises(ConfigurationError):
         database.database_file(text)
+
+
+async def test_what_the_database_objects_to_shows_no_values(tmp_path: Path) -> None:
+    """Security: an error of the database in a log holds none of the values it was given."""
+    engine = database.open_engine(str(tmp_path / "escrow.db"))
+    await database.migrate(engine)
+    broken = {"agent_id": "a", "name": "private", "key_hash": None, "created_at": 1}
+    async with engine.connect() as connection:
+        with pytest.raises(IntegrityError) as refused:
+            await connection.execute(insert(schema.agents).values(broken))
+    await engine.dispose()
+    assert "private" not in str(refused.value)

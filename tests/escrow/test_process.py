@@ -2,19 +2,26 @@
 
 import asyncio
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.escrow.market import joined
-from tests.support.escrow import EscrowProcess, escrow_process
+from tests.support.escrow import ROOT_SEED, EscrowProcess, MovingClock, escrow_process
 from x402mw import cli
-from x402mw.core.strict import b64url_decode
+from x402mw.core.strict import b64url_decode, b64url_encode
 from x402mw.core.tokens import open_key_set
+from x402mw.escrow.ledger import open_ledger
+from x402mw.escrow.serve import AnnouncingServer
+from x402mw.escrow.settings import Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -83,8 +90,17 @@ def test_register_prints_what_a_shell_can_export(tmp_path: Path) -> None:
             headers={"Authorization": f"Bearer {settings['X402MW_API_KEY']}"},
         )
         assert me.json()["agent_id"] == settings["X402MW_AGENT"]
+        with pytest.raises(AssertionError, match=r"x402mw: .*name: .*\n$"):
+            process.command("register", "--escrow", process.url, "")
         process.deposit(settings["X402MW_AGENT"], "25.50")
         assert process.command("escrow", "check", "--db", process.db).startswith("the books")
+
+
+def test_a_proxy_on_the_same_machine_is_believed_in_every_spelling() -> None:
+    """Contract: claims through a local proxy count under the client's address, by IPv6 too."""
+    config = AnnouncingServer(lambda *_: None, lambda: None).config
+    trusted = str(config.forwarded_allow_ips).split(",")
+    assert trusted == ["127.0.0.1", "::1", "::ffff:127.0.0.1"]
 
 
 def test_rotation_reaches_a_running_service(tmp_path: Path) -> None:
@@ -96,33 +112,104 @@ def test_rotation_reaches_a_running_service(tmp_path: Path) -> None:
         assert (keys.serial, len(keys.keys), len(keys.retired)) == (2, 2, 1)
 
 
+def refusal(
+    arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What a command that ends with status 1 says in its one line."""
+    monkeypatch.setattr(sys, "argv", ["x402mw", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1, (arguments, said)
+    assert said.startswith("x402mw: "), said
+    assert said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("escrow check --db lost.db", "there is no database lost.db"),
+        ("escrow check --db broken.db", "file is not a database"),
+        ("escrow check --db other.db", "holds no escrow"),
+        ("escrow check --db mysql://h/d", "a database is a file path"),
+        ("escrow check --db postgresql://u:p@h:port/d", "a database is a file path"),
+        ("escrow deposit --db lost.db AGENT 1", "there is no database lost.db"),
+        ("escrow deposit --db lost.db AGENT x", "an amount is a decimal string"),
+        ("escrow deposit --db good.db AGENT 1", "there is no agent AGENT"),
+        ("escrow deposit --db good.db AGENT 0", "an amount of 0 moves nothing"),
+        ("escrow deposit --db newer.db AGENT 1", "newer version"),
+        ("escrow rotate-key --db other.db", "holds no escrow"),
+        ("escrow serve --db x.db --host 203.0.113.7", "cannot listen on 203.0.113.7 port 8401"),
+        ("escrow serve --db broken.db --port 0", "file is not a database"),
+        ("escrow serve --db newer.db --port 0", "newer version"),
+        ("escrow serve --db good.db --network escrow:other", "another network or root key"),
+        ("escrow serve --db x.db --network Main! --port 0", 'named like "escrow:main"'),
+        ("register --escrow http://127.0.0.1:1 x", "did not answer as an escrow"),
+        ("register --escrow http://h:99999 x", "did not answer as an escrow"),
+    ],
+)
 def test_commands_refuse_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: str,
+    says: str,
+    odd_databases: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """House: a wrong command line ends with status 1 and one plain line, never a traceback."""
-    lost = str(tmp_path / "lost.db")
-    (tmp_path / "broken.db").write_text("this is no database, whatever its name says" * 100)
-    broken = str(tmp_path / "broken.db")
-    monkeypatch.setenv("X402MW_ROOT_KEY", "A" * 43)
-    for arguments in (
-        ("escrow", "check", "--db", lost),
-        ("escrow", "check", "--db", broken),
-        ("escrow", "check", "--db", "mysql://h/d"),
-        ("escrow", "deposit", "--db", lost, "ag_" + "0" * 32, "1"),
-        ("escrow", "deposit", "--db", lost, "ag_" + "0" * 32, "x"),
-        ("escrow", "serve", "--db", str(tmp_path / "x.db"), "--host", "203.0.113.7"),
-        ("escrow", "serve", "--db", broken, "--port", "0"),
-        ("escrow", "serve", "--db", str(tmp_path / "x.db"), "--network", "Main!", "--port", "0"),
-        ("register", "--escrow", "http://127.0.0.1:1", "x"),
+    monkeypatch.chdir(odd_databases)
+    monkeypatch.setenv("X402MW_ROOT_KEY", b64url_encode(ROOT_SEED))
+    words = arguments.replace("AGENT", "ag_" + "0" * 32).split()
+    said = refusal(words, monkeypatch, capsys)
+    assert says.replace("AGENT", "ag_" + "0" * 32) in said
+    assert not Path("lost.db").exists()
+
+
+@pytest.fixture(scope="module")
+def odd_databases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an escrow's database, one of a newer version, one of others, and junk."""
+    folder = tmp_path_factory.mktemp("odd")
+    settings = Settings(str(folder / "good.db"), ROOT_SEED)
+
+    async def make() -> None:
+        await (await open_ledger(settings, MovingClock(), serving=True)).close()
+
+    asyncio.run(make())
+    shutil.copy(folder / "good.db", folder / "newer.db")
+    for name, statement in (
+        ("newer.db", "UPDATE alembic_version SET version_num = '9999'"),
+        ("other.db", "CREATE TABLE others (x)"),
     ):
-        monkeypatch.setattr(sys, "argv", ["x402mw", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        said = capsys.readouterr().err
-        assert ended.value.code == 1, (arguments, said)
-        assert said.startswith("x402mw: "), said
-        assert said.count("\n") == 1, said
-    assert not Path(lost).exists()
+        with closing(sqlite3.connect(folder / name, isolation_level=None)) as other:
+            other.execute(statement)
+    (folder / "broken.db").write_text("this is no database, whatever its name says" * 100)
+    return folder
+
+
+def test_a_lost_root_key_is_told(
+    odd_databases: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keys: beside a database without its root key the operator learns what to put back."""
+    monkeypatch.delenv("X402MW_ROOT_KEY", raising=False)
+    said = refusal(["escrow", "serve", "--db", f"{odd_databases}/good.db"], monkeypatch, capsys)
+    assert "good.db.rootkey is missing" in said
+
+
+def test_a_missing_driver_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """House: PostgreSQL without its extra names what to install."""
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    said = refusal(["escrow", "check", "--db", "postgresql://h/d"], monkeypatch, capsys)
+    assert "x402mw[postgres]" in said
+
+
+def test_a_password_can_stay_out_of_the_command_line(
+    odd_databases: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Security: the database may be named by X402MW_ESCROW_DB, which other users cannot list."""
+    monkeypatch.setenv("X402MW_ESCROW_DB", f"{odd_databases}/other.db")
+    assert "holds no escrow" in refusal(["escrow", "check"], monkeypatch, capsys)
 
 
 def test_a_fresh_service_makes_its_own_root_key(tmp_path: Path) -> None:

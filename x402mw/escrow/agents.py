@@ -74,8 +74,10 @@ async def describe(connection: AsyncConnection, agent_id: str) -> dict[str, Any]
 
 async def deposit(tx: Transaction, agent_id: str, amount: Atomic) -> dict[str, Any]:
     """Books money that the operator received for an agent."""
+    if amount == 0:
+        raise Refused(422, "invalid_request", "an amount of 0 moves nothing")
     if not await exists(tx, agent_id):
-        raise not_found()
+        raise Refused(404, "unknown_agent", f"there is no agent {agent_id}")
     await _mint(tx, "deposit", agent_account(agent_id), amount)
     await tx.flush()
     return {
@@ -88,7 +90,7 @@ async def _mint(tx: Transaction, kind: str, target: str, amount: Atomic) -> None
     # Everything there is together stays below 2^63, so no single balance can ever overflow.
     if amount - await balance_of(tx.connection, WORLD) > AMOUNT_MAX:
         raise Refused(409, "amount_out_of_range", "the books cannot hold so much money")
-    tx.post(kind, [Transfer(WORLD, target, amount)] if amount else [], tx.settings.asset.code)
+    tx.post(kind, [Transfer(WORLD, target, amount)], tx.settings.asset.code)
 
 
 async def claim_faucet(tx: Transaction, agent_id: str, source: str) -> dict[str, Any]:

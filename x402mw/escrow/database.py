@@ -11,8 +11,9 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, event, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from alembic.util import CommandError
+from sqlalchemy import Connection, Engine, event, inspect, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -21,6 +22,7 @@ from x402mw.core.errors import ConfigurationError
 _READING = {"x402mw_reading": True}
 BUSY_MILLISECONDS = 10_000
 CONNECTIONS_MAX = 8
+_FORMS = "a database is a file path, sqlite:///... or postgresql://user:password@host:port/name"
 _CONFLICTS = ("40001", "40P01")
 
 
@@ -32,13 +34,16 @@ def normal_url(text: str) -> str:
     drivers = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
     scheme = drivers.get(scheme, scheme)
     if scheme not in drivers.values():
-        raise ConfigurationError("a database is a file path, sqlite:///... or postgresql://...")
+        raise ConfigurationError(_FORMS)
     return f"{scheme}://{rest}"
 
 
 def database_file(url: str) -> Path | None:
     """The file behind a SQLite URL; None for a database server."""
-    parsed = make_url(normal_url(url))
+    try:
+        parsed = make_url(normal_url(url))
+    except (ValueError, ArgumentError):
+        raise ConfigurationError(_FORMS) from None
     if parsed.get_backend_name() != "sqlite":
         return None
     if not parsed.database or parsed.database == ":memory:":
@@ -48,17 +53,18 @@ def database_file(url: str) -> Path | None:
 
 def open_engine(url: str) -> AsyncEngine:
     """Makes the engine; nothing is connected yet. The caller disposes of it."""
+    # What people wrote and what they own is in the values, and must not reach a log.
+    options: dict[str, Any] = {"hide_parameters": True}
+    options |= {"pool_size": CONNECTIONS_MAX, "max_overflow": 0}
     if database_file(url) is not None:
-        engine = create_async_engine(normal_url(url), pool_size=CONNECTIONS_MAX, max_overflow=0)
+        engine = create_async_engine(normal_url(url), **options)
         _prepare_sqlite(engine.sync_engine)
         return engine
-    return create_async_engine(
-        normal_url(url),
-        pool_size=CONNECTIONS_MAX,
-        max_overflow=0,
-        pool_pre_ping=True,
-        isolation_level="READ COMMITTED",
-    )
+    options |= {"pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
+    try:
+        return create_async_engine(normal_url(url), **options)
+    except ImportError:
+        raise ConfigurationError('PostgreSQL needs: pip install "x402mw[postgres]"') from None
 
 
 def _prepare_sqlite(engine: Engine) -> None:
@@ -97,6 +103,8 @@ async def visiting(url: str) -> AsyncIterator[AsyncConnection]:
     engine = open_engine(url)
     try:
         async with reading(engine) as connection:
+            if not await connection.run_sync(lambda sync: inspect(sync).has_table("service")):
+                raise ConfigurationError("this database holds no escrow")
             yield connection
     finally:
         await engine.dispose()
@@ -105,7 +113,11 @@ async def visiting(url: str) -> AsyncIterator[AsyncConnection]:
 async def migrate(engine: AsyncEngine) -> None:
     """Brings the schema to the newest revision, in one transaction."""
     async with engine.begin() as connection:
-        await connection.run_sync(_upgrade)
+        try:
+            await connection.run_sync(_upgrade)
+        except CommandError:
+            message = "this database was made by a newer version of x402mw"
+            raise ConfigurationError(message) from None
 
 
 def _upgrade(connection: Connection) -> None:

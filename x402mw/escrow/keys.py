@@ -50,6 +50,9 @@ def load_root_seed(path: Path | None, text: str | None, *, may_create: bool) -> 
     try:
         if may_create and not path.exists():
             return _create_seed(path)
+        if not path.exists():
+            # A new key would disown every open session.
+            raise ConfigurationError(f"the root key {path} is missing: put it back")
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise ConfigurationError(f"others can read the root key {path}: chmod 600 it")
         return _parse_seed(path.read_text("ascii").strip())

@@ -1,5 +1,6 @@
 """Runs the escrow as a process: one socket, one announcement, a clean end on SIGTERM."""
 
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from starlette.types import ASGIApp
 
 KEEP_ALIVE_SECONDS = 30
 SHUTDOWN_SECONDS = 10
+HEADER_BYTES_MAX = 16 * 1024
+LOCAL_PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"
+"""Whose word about a client's address counts; all else from this machine is exempt from limits."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -45,6 +49,10 @@ class AnnouncingServer(uvicorn.Server):
                 # The app stamps its own Date, and which server this is concerns nobody.
                 date_header=False,
                 server_header=False,
+                # The other parser that may be installed takes headers without end.
+                http="h11",
+                h11_max_incomplete_event_size=HEADER_BYTES_MAX,
+                forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", LOCAL_PROXIES),
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
