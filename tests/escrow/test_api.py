@@ -6,7 +6,7 @@ import pytest
 
 from tests.escrow.market import JOURNAL, RECEIPT_KEY, SESSION_KEY, code_of, market
 from x402mw.core import ids
-from x402mw.core.amounts import to_atomic
+from x402mw.core.amounts import AMOUNT_MAX, display, to_atomic
 from x402mw.core.keys import public_key
 from x402mw.core.strict import b64url_decode, b64url_encode
 
@@ -182,6 +182,16 @@ async def test_a_top_up_needs_funds(tmp_path: Path) -> None:
         }
 
 
+async def test_a_top_up_beyond_all_money_is_a_refusal(tmp_path: Path) -> None:
+    """M1: L + x beyond 2^63 - 1 is refused with 4xx like any amount, and changes nothing."""
+    async with market(tmp_path) as m:
+        name = (await m.open())["escrow_id"]
+        body = {"amount": display(AMOUNT_MAX)}
+        answer = await m.post(m.buyer, f"/escrow/{name}/topup", body)
+        assert code_of(answer) == (409, "amount_out_of_range")
+        assert (await m.show(name))["amount"] == "5.00"
+
+
 async def test_an_ended_escrow_only_reads(tmp_path: Path) -> None:
     """Rule 5: terminal states refuse everything with 409 and name the state."""
     async with market(tmp_path) as m:
@@ -231,6 +241,7 @@ async def test_a_provider_close_checks_its_voucher(tmp_path: Path) -> None:
             (m.provider, {"amount": "1"}, "voucher_required"),
             (m.provider, {"voucher": forged}, "invalid_request"),
             (m.buyer, {"voucher": m.voucher(name, "1"), "amount": "1"}, "invalid_request"),
+            (m.buyer, {"amount": "1"}, "invalid_request"),
         ):
             assert code_of(await m.post(agent, f"/escrow/{name}/close", body)) == (422, code)
         assert (await m.show(name))["status"] == "locked"

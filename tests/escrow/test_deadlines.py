@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.escrow.market import JOURNAL, code_of, market
-from x402mw.escrow import schema
+from x402mw.escrow import deadlines, schema
 
 pytestmark = pytest.mark.anyio
 T0 = 1_800_000_000
@@ -50,6 +50,24 @@ async def test_any_access_applies_a_deadline(tmp_path: Path) -> None:
             else:
                 answer = await m.post(m.buyer, "/escrow", m.wish("5.00"))
                 assert answer.status_code == 201
+
+
+@pytest.mark.parametrize("party", [None, "ag_" + "0" * 32])
+async def test_deadlines_are_found_by_their_index(tmp_path: Path, party: str | None) -> None:
+    """T2: looking for what is due never reads the sessions that have ended, however many."""
+    query = select(schema.escrows).where(deadlines.due_before(T0), deadlines.of_party(party))
+    async with market(tmp_path) as m, m.escrow.ledger.read() as connection:
+        compiled = query.compile(
+            connection.sync_engine,
+            compile_kwargs={"literal_binds": False, "render_postcompile": True},
+        )
+        plan = await connection.exec_driver_sql(
+            f"EXPLAIN QUERY PLAN {compiled}",
+            tuple(compiled.params[name] for name in compiled.positiontup),
+        )
+        steps = [row.detail for row in plan]
+    assert len(steps) == 1
+    assert "escrows_live" in steps[0]
 
 
 async def test_a_late_deadline_is_stamped_with_its_own_time(tmp_path: Path) -> None:

@@ -127,6 +127,27 @@ async def test_bodies_over_the_limit(tmp_path: Path) -> None:
         assert code_of(fits) == (422, "invalid_request")
 
 
+async def test_bodies_of_countless_small_values(tmp_path: Path) -> None:
+    """Contract: at most 5000 values in a body, so that no body keeps the service from others."""
+    members = ",".join(f'"k{number}":1' for number in range(5001)).encode()
+    async with market(tmp_path) as m:
+        for raw in (b"{" + members + b"}", b'{"items":[{' + members + b"}]}"):
+            answer = await m.http.post("/redeem", content=raw, headers=m.provider.headers)
+            assert code_of(answer) == (413, "body_too_large")
+        memo = m.wish(memo="," * 500)
+        assert (await m.post(m.buyer, "/escrow", memo)).status_code == 201
+
+
+async def test_headers_without_end(tmp_path: Path) -> None:
+    """Contract: headers have a limit, whichever HTTP parser happens to be installed."""
+    async with market(tmp_path) as m:
+        host, port = m.escrow.url.removeprefix("http://").split(":")
+        async with await anyio.connect_tcp(host, int(port)) as stream:
+            lines = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 1000) for number in range(64))
+            await stream.send(b"GET /health HTTP/1.1\r\nHost: x\r\n" + lines)
+            assert (await stream.receive()).startswith(b"HTTP/1.1 400 ")
+
+
 async def test_more_than_a_thousand_items(tmp_path: Path) -> None:
     """Contract: a batch has at most 1000 items."""
     async with market(tmp_path) as m:

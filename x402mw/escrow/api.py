@@ -303,8 +303,8 @@ async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Clo
         if caller == escrow.provider:
             proven = redemption.proven_by(judged[0], escrow_id)
             return sessions.close_as_provider(tx, escrow, proven)
-        if body.voucher is not None:
-            raise Refused(422, "invalid_request", "only the provider brings a voucher")
+        if body.voucher is not None or body.amount is not None:
+            raise Refused(422, "invalid_request", "only the provider brings a voucher or amount")
         return sessions.close_as_buyer(tx, escrow)
 
     return close_for

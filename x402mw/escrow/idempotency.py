@@ -13,6 +13,7 @@ from sqlalchemy import delete, select
 
 from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused
+from x402mw.escrow.rules import UP_GRACE_SECONDS
 from x402mw.escrow.transactions import Transaction
 
 KEY_CHARACTERS_MAX = 255
@@ -86,6 +87,11 @@ async def store(tx: Transaction, key: Key, answer: Answer) -> None:
 
 
 async def prune(tx: Transaction) -> None:
-    """Forgets answers that nobody asks for any more."""
+    """Forgets answers that nobody asks for any more.
+
+    Not soon after an outage or a jump of the clock, which may be wrong: a forgotten key pays again.
+    """
+    if tx.now < tx.service.up_since + UP_GRACE_SECONDS:
+        return
     table = schema.idempotency
     await tx.connection.execute(delete(table).where(table.c.created_at < tx.now - KEPT_SECONDS))

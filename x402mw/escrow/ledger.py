@@ -14,7 +14,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from x402mw.core.errors import ConfigurationError
+from x402mw.core.errors import AmountInvalid, ConfigurationError
 from x402mw.core.strict import b64url_encode, dumps
 from x402mw.escrow import books, database, deadlines, idempotency, schema
 from x402mw.escrow.errors import Refused
@@ -145,9 +145,9 @@ async def _answer(
         await deadlines.apply(tx, caller)
     try:
         answer = Answer(status, _text(await operation(tx)))
-    except (Refused, InvalidState) as error:
+    except (Refused, InvalidState, AmountInvalid) as error:
         tx.discard()
-        refusal = error if isinstance(error, Refused) else _invalid_state(error)
+        refusal = _refusal(error)
         answer = Answer(refusal.status, _text(refusal.problem()))
     if key is not None:
         await idempotency.store(tx, key, answer)
@@ -158,8 +158,13 @@ def _text(body: dict[str, Any]) -> str:
     return dumps(body).decode()
 
 
-def _invalid_state(error: InvalidState) -> Refused:
-    return Refused(409, "invalid_state", str(error), state=error.status)
+def _refusal(error: Refused | InvalidState | AmountInvalid) -> Refused:
+    """What an operation refused, as the caller is told."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, InvalidState):
+        return Refused(409, "invalid_state", str(error), state=error.status)
+    return Refused(409, "amount_out_of_range", str(error))
 
 
 async def open_ledger(settings: Settings, clock: Clock, *, serving: bool) -> Ledger:

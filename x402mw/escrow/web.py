@@ -23,6 +23,9 @@ from x402mw.escrow.errors import Refused
 from x402mw.escrow.idempotency import KEY_CHARACTERS_MAX, Answer, Key, hash_body
 
 BODY_BYTES_MAX = 64 * 1024
+BODY_VALUES_MAX = 5000
+"""Counted by commas before parsing: a megabyte of tiny values would keep everyone waiting."""
+
 FIELD_CHARACTERS_MAX = 100
 PROBLEM_TYPE = "application/problem+json"
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
@@ -40,6 +43,8 @@ async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[s
         raw += chunk
         if len(raw) > bytes_max:
             raise _too_large(bytes_max)
+    if raw.count(b",") >= BODY_VALUES_MAX:
+        raise Refused(413, "body_too_large", f"a body has at most {BODY_VALUES_MAX} values")
     try:
         return loads_object(bytes(raw)) if raw.strip() else {}
     except Malformed as error:
@@ -108,7 +113,7 @@ def idempotency_key(request: Request, principal: str, value: dict[str, Any]) -> 
         raise Refused(
             400, "malformed", f"Idempotency-Key has 1 to {KEY_CHARACTERS_MAX} printable characters"
         )
-    route = f"{request.method} {request.url.path}"
+    route = f"{request.method} {request.scope['path']}"
     return Key(principal, route, text, hash_body(value))
 
 
