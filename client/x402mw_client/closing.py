@@ -29,6 +29,7 @@ from x402mw_client.operations import EscrowRecord
 from x402mw_client.sessions import Call, Offer, Session, State, Subject
 from x402mw_client.state import WalletState
 from x402mw_client.steps import Ask, Control, Sleep, Story
+from x402mw_client.upkeep import finish_openings
 
 log = logging.getLogger("x402mw.client")
 
@@ -120,6 +121,7 @@ def _read_receipt_word(answer: httpx.Response, seq: int) -> Word | None:
 
 def close_all(wallet: WalletState) -> Story[None]:
     """Closes every session of the wallet: at its provider, else at the escrow."""
+    yield from finish_openings(wallet)
     for session in list(wallet.purse.sessions.values()):
         if session.state is not State.CLOSED:
             yield from close_session(wallet, session)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import ConfigurationError
-from x402mw_client.sessions import Call, Offer, Session, State, as_text
+from x402mw_client.sessions import Call, Offer, Opening, Session, State, as_text
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -27,7 +27,12 @@ CREATE TABLE IF NOT EXISTS calls (
   session BLOB NOT NULL REFERENCES sessions (id), seq INTEGER NOT NULL, url TEXT NOT NULL,
   hold INTEGER NOT NULL, expires INTEGER NOT NULL, PRIMARY KEY (session, seq)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS openings (
+  key TEXT PRIMARY KEY, origin TEXT NOT NULL, offer TEXT NOT NULL, seed BLOB NOT NULL,
+  amount INTEGER NOT NULL, target INTEGER NOT NULL, seconds INTEGER
+) STRICT;
 """
+_DROP = "DELETE FROM openings WHERE key = ?"
 _VERSION = 1
 _COLUMNS = (
     "id, origin, offer, seed, token, target, deposit, expires_at, cumulative, charged,"
@@ -73,13 +78,43 @@ class Memory:
             session.hold(call, hold)
         return list(sessions.values())
 
+    def load_openings(self, read_offer: Callable[[dict[str, object]], Offer]) -> list[Opening]:
+        """Reads back the openings that were never finished."""
+        if self._db is None:
+            return []
+        return [
+            Opening(key, origin, read_offer(json.loads(offer)), *rest)
+            for key, origin, offer, *rest in self._db.execute("SELECT * FROM openings")
+        ]
+
+    def begin(self, opening: Opening) -> None:
+        """Writes an opening before it is sent."""
+        if self._db is not None:
+            of = opening
+            row = (of.key, of.origin, as_text(of.offer), of.seed, of.amount, of.target, of.seconds)
+            with self._db:
+                self._db.execute("REPLACE INTO openings VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def drop(self, opening: Opening) -> None:
+        """Forgets an opening that came to nothing."""
+        if self._db is not None:
+            with self._db:
+                self._db.execute(_DROP, (opening.key,))
+
     def save(
-        self, session: Session, *, opened: Call | None = None, dropped: Iterable[Call] = ()
+        self,
+        session: Session,
+        *,
+        opened: Call | None = None,
+        dropped: Iterable[Call] = (),
+        begun: Opening | None = None,
     ) -> None:
-        """Writes a session as it stands, with one call now open and others no longer."""
+        """Writes a session as it stands: one call now open, others no longer, `begun` finished."""
         if self._db is None:
             return
         with self._db:
+            if begun is not None:
+                self._db.execute(_DROP, (begun.key,))
             marks = ", ".join("?" * 13)
             self._db.execute(f"REPLACE INTO sessions ({_COLUMNS}) VALUES ({marks})", _row(session))  # noqa: S608
             if opened is not None:

@@ -36,7 +36,17 @@ from x402mw.core.vouchers import (
 from x402mw_client.answers import Word
 from x402mw_client.memory import Memory
 from x402mw_client.operations import EscrowRecord
-from x402mw_client.sessions import Call, Form, Offer, Paid, Session, State, Subject, differs
+from x402mw_client.sessions import (
+    Call,
+    Form,
+    Offer,
+    Opening,
+    Paid,
+    Session,
+    State,
+    Subject,
+    differs,
+)
 from x402mw_client.waiting import Signal
 
 log = logging.getLogger("x402mw.client")
@@ -100,6 +110,7 @@ class Purse:
         self.signal = Signal()
         self.lock = threading.RLock()
         self.sessions: dict[bytes, Session] = {}
+        self.openings: dict[tuple[str, str, bytes], Opening] = {}
 
     # Looking.
 
@@ -271,10 +282,33 @@ class Purse:
             session.proven = True
             self._remember(session)
 
+    def begin(self, opening: Opening) -> None:
+        """Remembers an opening; what cannot be remembered is not sent."""
+        with self.lock:
+            try:
+                self.memory.begin(opening)
+            except sqlite3.Error as error:
+                raise LocalError(f"the wallet file cannot be written: {error}") from None
+            self.openings[opening.pays_for] = opening
+
+    def abandon(self, opening: Opening) -> None:
+        """Forgets an opening that the escrow refused."""
+        with self.lock:
+            self.openings.pop(opening.pays_for, None)
+            self.memory.drop(opening)
+
+    def add(self, session: Session, opening: Opening) -> Session:
+        """Takes up the session that an opening led to, once; returns it."""
+        with self.lock:
+            self.openings.pop(opening.pays_for, None)
+            session = self.sessions.setdefault(session.id, session)
+            self._remember(session, begun=opening)
+        self.signal.notify()
+        return session
+
     def keep(self, session: Session) -> None:
         """Remembers a session as it stands now."""
         with self.lock:
-            self.sessions[session.id] = session
             self._remember(session)
         self.signal.notify()
 
@@ -305,10 +339,12 @@ class Purse:
             self._remember(session, dropped=calls)
         self.signal.notify()
 
-    def _remember(self, session: Session, *, dropped: Iterable[Call] = ()) -> None:
+    def _remember(
+        self, session: Session, *, dropped: Iterable[Call] = (), begun: Opening | None = None
+    ) -> None:
         """Writes what only lowers what we believe to owe: a failure costs memory, not an answer."""
         try:
-            self.memory.save(session, dropped=dropped)
+            self.memory.save(session, dropped=dropped, begun=begun)
         except sqlite3.Error:
             log.exception("the wallet file cannot be written; it shows more held than there is")
 

@@ -222,6 +222,28 @@ class Session:
         return [call for call in list(self.calls.values()) if not call.in_flight]
 
 
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A session that the escrow was asked for, and all that it takes to ask for the very same.
+
+    Remembered before the request leaves: sent again under its `key` (the idempotency key) it finds
+    the session that an earlier sending opened, so a crash or a lost answer strands no money.
+    """
+
+    key: str
+    origin: str
+    offer: Offer
+    seed: bytes = field(repr=False)
+    amount: Atomic
+    target: Atomic
+    seconds: int | None
+
+    @property
+    def pays_for(self) -> tuple[str, str, bytes]:
+        """What calls the session may pay for (`session_key`)."""
+        return session_key(self.origin, self.offer.terms)
+
+
 def session_key(origin: str, terms: Terms) -> tuple[str, str, bytes]:
     """A session serves one provider's journal, at the one origin where it was offered."""
     return origin, terms.pay_to, terms.journal

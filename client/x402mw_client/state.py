@@ -12,7 +12,7 @@ from x402mw_client.memory import Memory
 from x402mw_client.offers import LearntOffers, ProbeGate, normal_url, read_offer
 from x402mw_client.operations import EscrowKeys
 from x402mw_client.purse import Limits, Purse
-from x402mw_client.sessions import Paid
+from x402mw_client.sessions import Offer, Paid
 from x402mw_client.waiting import Sections
 
 BUFFER_BYTES = 1024 * 1024
@@ -90,10 +90,13 @@ class WalletState:
         if known["escrow"] not in self.escrows or self._root not in (None, root):
             raise ConfigurationError("this wallet file belongs to another escrow")
         self._believe(root, known["network"], parse_atomic(known["min_escrow"]))
-        for session in self.memory.load(
-            lambda accepts: read_offer(accepts, self.network, self.network_id)
-        ):
-            self.purse.sessions[session.id] = session
+
+        def read(accepts: dict[str, object]) -> Offer:
+            return read_offer(accepts, self.network, self.network_id)
+
+        purse, memory = self.purse, self.memory
+        purse.sessions.update((session.id, session) for session in memory.load(read))
+        purse.openings.update((begun.pays_for, begun) for begun in memory.load_openings(read))
 
 
 def _read_key(text: str) -> bytes:

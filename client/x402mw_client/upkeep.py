@@ -6,6 +6,7 @@ many callers need at once is done by one of them, alone in a section; the others
 
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from x402mw_client.sessions import (
     RENEW_SECONDS,
     Call,
     Offer,
+    Opening,
     Session,
     State,
     deposit_target,
@@ -40,6 +42,8 @@ log = logging.getLogger("x402mw.client")
 
 SECTION_SECONDS = 60.0
 ENDED_REASONS = ("session_ending", "invalid_state", "not_found")
+UNDECIDED = (401, 403, 429)
+"""Refusals that come before the escrow looks at what it did under the same idempotency key."""
 PAUSE_SECONDS = 30.0
 """What can wait and failed is tried again after this long."""
 
@@ -101,33 +105,62 @@ def _target(wallet: WalletState, offer: Offer) -> Atomic:
 
 
 def _open(wallet: WalletState, origin: str, offer: Offer) -> Story[Session]:
-    target, seed = _target(wallet, offer), os.urandom(32)
-    least = max(offer.terms.amount, wallet.min_escrow)
+    begun = wallet.purse.openings.get(session_key(origin, offer.terms))
+    if begun is not None:
+        try:
+            return (yield from _finish(wallet, begun))
+        except EscrowRefused:
+            if begun.pays_for in wallet.purse.openings:
+                raise
+    target = _target(wallet, offer)
+    opening = _opening(wallet, origin, offer, target, target)
     try:
-        record = yield _opening(wallet, offer, seed, target)
+        return (yield from _finish(wallet, opening))
     except EscrowRefused as error:
         # A smaller deposit is better than none, if it covers a call at all.
         balance = _balance(error)
-        if not least <= balance < target:
+        if not max(offer.terms.amount, wallet.min_escrow) <= balance < target:
             raise
-        record = yield _opening(wallet, offer, seed, balance)
-    session = _opened(record, origin, offer, seed, target)
-    wallet.purse.keep(session)
+    return (yield from _finish(wallet, _opening(wallet, origin, offer, balance, target)))
+
+
+def _opening(
+    wallet: WalletState, origin: str, offer: Offer, amount: Atomic, target: Atomic
+) -> Opening:
+    key, seed = secrets.token_urlsafe(24), os.urandom(32)
+    return Opening(key, origin, offer, seed, amount, target, wallet.session_seconds)
+
+
+def _finish(wallet: WalletState, opening: Opening) -> Story[Session]:
+    """Asks the escrow for a session, or finds the one that an earlier sending of this opened."""
+    wallet.purse.begin(opening)
+    terms = opening.offer.terms
+    operation = operations.open_session(
+        terms.pay_to,
+        opening.amount,
+        session_key=public_key(opening.seed),
+        journal=terms.journal,
+        expires_in_seconds=opening.seconds,
+        key=opening.key,
+    )
+    try:
+        record = yield Ask(operation)
+    except EscrowRefused as error:
+        if error.status not in UNDECIDED:
+            wallet.purse.abandon(opening)
+        raise
+    session = wallet.purse.add(_opened(record, opening), opening)
     log.info("opened session %s with %s", session.name, display(session.deposit))
     return session
 
 
-def _opening(wallet: WalletState, offer: Offer, seed: bytes, amount: Atomic) -> Ask:
-    terms = offer.terms
-    return Ask(
-        operations.open_session(
-            terms.pay_to,
-            amount,
-            session_key=public_key(seed),
-            journal=terms.journal,
-            expires_in_seconds=wallet.session_seconds,
-        )
-    )
+def finish_openings(wallet: WalletState) -> Story[None]:
+    """Finds the sessions whose openings were cut off, so that they can be closed."""
+    for opening in list(wallet.purse.openings.values()):
+        try:
+            yield from _finish(wallet, opening)
+        except (EscrowRefused, EscrowUnavailable, TokenRefused) as error:
+            log.warning("a session with %s may have been opened: %s", opening.origin, error)
 
 
 def _balance(refusal: EscrowRefused) -> Atomic:
@@ -137,21 +170,19 @@ def _balance(refusal: EscrowRefused) -> Atomic:
         return Atomic(0)
 
 
-def _opened(
-    record: EscrowRecord, origin: str, offer: Offer, seed: bytes, target: Atomic
-) -> Session:
-    terms = offer.terms
+def _opened(record: EscrowRecord, opening: Opening) -> Session:
+    terms = opening.offer.terms
     token = peek_session_token(record.token or "")
     found = (token.session, token.pay_to, token.journal, token.session_key)
-    if found != (record.session, terms.pay_to, terms.journal, public_key(seed)):
+    if found != (record.session, terms.pay_to, terms.journal, public_key(opening.seed)):
         raise TokenRefused("the escrow's token is not for the session that was asked for")
     return Session(
         id=record.session,
-        origin=origin,
-        offer=offer,
-        seed=seed,
+        origin=opening.origin,
+        offer=opening.offer,
+        seed=opening.seed,
         token=record.token or "",
-        target=target,
+        target=opening.target,
         deposit=record.deposit,
         expires_at=record.expires_at,
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,8 @@ class ScriptedEscrow:
     away: bool = False
     token_seconds: int = 600
     root: bytes = p.ROOT
+    stored: dict[str, dict[str, Any]] = field(default_factory=dict)
+    script: list[Callable[[httpx.Response], httpx.Response]] = field(default_factory=list)
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         """Answers one API call."""
@@ -40,7 +43,10 @@ class ScriptedEscrow:
             items = [self._view(session) for session in self.sessions.values()]
             return httpx.Response(200, json={"items": items, "next": None})
         if path == "/api/v1/escrow":
-            return self._open(body)
+            key = request.headers["Idempotency-Key"]
+            answer = self._stored(key, body) or self._open(body)
+            self.stored.setdefault(key, {"body": body, "answer": answer.json()})
+            return self.script.pop(0)(answer) if self.script else answer
         session = self.sessions[path.split("/")[4]]
         return self._act(session, path.split("/")[-1], body)
 
@@ -58,6 +64,17 @@ class ScriptedEscrow:
                 "key_set": tokens.sign_key_set(key_set, self.root),
             },
         )
+
+    def _stored(self, key: str, body: dict[str, Any]) -> httpx.Response | None:
+        found = self.stored.get(key)
+        if found is None:
+            return None
+        assert found["body"] == body, "one key, one request"
+        return httpx.Response(200 if "escrow_id" in found["answer"] else 409, json=found["answer"])
+
+    def lose_answer(self, answer: httpx.Response) -> httpx.Response:
+        """The session is opened, but nobody hears of it."""
+        raise httpx.ReadError("lost")
 
     def _open(self, body: dict[str, Any]) -> httpx.Response:
         amount = to_atomic(body["amount"])
