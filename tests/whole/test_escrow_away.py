@@ -15,9 +15,9 @@ from starlette.routing import Route
 
 from tests.support.escrow import Agent, MovingClock, RunningEscrow, running_escrow
 from tests.support.gate import Gate
+from tests.support.serving import serving
 from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import PaymentOutcomeUnknown, X402mwError
-from x402mw.escrow.serve import AnnouncingServer, bind, url_of
 from x402mw.provider import PaymentMiddleware, PerCall, Provider
 from x402mw_client import Limits, PaymentTransport, Wallet
 
@@ -77,19 +77,6 @@ class Scene:
 
 async def sell(request: Request) -> JSONResponse:
     return JSONResponse({"sold": True})
-
-
-@asynccontextmanager
-async def serving(app: Starlette) -> AsyncIterator[str]:
-    sock, started = bind("127.0.0.1", 0), anyio.Event()
-    server = AnnouncingServer(app, started.set)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(server.serve, [sock])
-        with anyio.fail_after(20):
-            await started.wait()
-        yield url_of(sock)
-        server.should_exit = True
-    sock.close()
 
 
 @asynccontextmanager
