@@ -15,7 +15,7 @@ from x402mw.core.errors import (
     X402mwError,
 )
 from x402mw_client.flow import PaymentHandle
-from x402mw_client.purse import Limits
+from x402mw_client.limits import Limits
 from x402mw_client.sessions import Paid
 from x402mw_client.transport import PaymentTransport, SyncPaymentTransport
 from x402mw_client.wallet import Wallet

@@ -32,6 +32,7 @@ from x402mw_client.waiting import Signal
 T = TypeVar("T")
 
 DRAIN_BYTES = 64 * 1024
+DRAIN_SECONDS = 5.0
 CONTROL_TIMEOUT_SECONDS = 5.0
 # Control answers are small; what somebody compressed on the way is not read.
 _CODED = (b"content-encoding", b"transfer-encoding", b"content-length")
@@ -99,8 +100,7 @@ class AsyncDriver:
             case Send(signature) if outgoing is not None:
                 return await self._inner.handle_async_request(message(outgoing, signature))
             case Control():
-                answer = await self._inner.handle_async_request(control_message(step))
-                return await _read_async(answer)
+                return await self._control(control_message(step))
             case Read(answer):
                 return await answer.aread()
             case Discard(answer):
@@ -114,7 +114,15 @@ class AsyncDriver:
                 return await asyncio.sleep(seconds)
             case Wait(condition, seconds):
                 return await self._signal.wait_async(condition, seconds)
-        raise AssertionError(step)
+        raise AssertionError(type(step))
+
+    async def _control(self, request: httpx.Request) -> httpx.Response:
+        try:
+            async with asyncio.timeout(CONTROL_TIMEOUT_SECONDS):
+                answer = await self._inner.handle_async_request(request)
+        except TimeoutError:
+            raise httpx.ReadTimeout("no answer to a control request", request=request) from None
+        return await _read_async(answer)
 
 
 class SyncDriver:
@@ -163,7 +171,7 @@ class SyncDriver:
                 return time.sleep(seconds)
             case Wait(condition, seconds):
                 return self._signal.wait(condition, seconds)
-        raise AssertionError(step)
+        raise AssertionError(type(step))
 
 
 # Answers that something follows. httpx closes a stream at its end as well as before it.
@@ -252,35 +260,36 @@ def control_message(step: Control) -> httpx.Request:
 
 
 async def _read_async(answer: httpx.Response) -> httpx.Response:
-    """Reads an answer up to a bound and closes it; what is cut off or broken is just shorter."""
-    taken: list[bytes] = []
+    """Reads an answer within bounds and closes it; what is cut off or broken is just shorter."""
+    taken = bytearray()
     try:
-        with contextlib.suppress(httpx.TransportError):
-            async for chunk in answer.stream:  # type: ignore[union-attr]  # an async transport's
-                taken.append(chunk)
-                if sum(map(len, taken)) > DRAIN_BYTES:
-                    break
+        with contextlib.suppress(httpx.TransportError, TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                async for chunk in answer.stream:  # type: ignore[union-attr]  # an async one's
+                    taken += chunk
+                    if len(taken) > DRAIN_BYTES:
+                        break
     finally:
         await answer.aclose()
-    return _whole(answer, taken)
+    return _whole(answer, bytes(taken))
 
 
 def _read(answer: httpx.Response) -> httpx.Response:
-    taken: list[bytes] = []
+    taken, deadline = bytearray(), time.monotonic() + DRAIN_SECONDS
     try:
         with contextlib.suppress(httpx.TransportError):
             for chunk in answer.stream:  # type: ignore[union-attr]  # a sync transport's
-                taken.append(chunk)
-                if sum(map(len, taken)) > DRAIN_BYTES:
+                taken += chunk
+                if len(taken) > DRAIN_BYTES or time.monotonic() > deadline:
                     break
     finally:
         answer.close()
-    return _whole(answer, taken)
+    return _whole(answer, bytes(taken))
 
 
-def _whole(answer: httpx.Response, taken: list[bytes]) -> httpx.Response:
+def _whole(answer: httpx.Response, content: bytes) -> httpx.Response:
     kept = [(name, value) for name, value in answer.headers.raw if name.lower() not in _CODED]
-    return httpx.Response(answer.status_code, headers=kept, content=b"".join(taken))
+    return httpx.Response(answer.status_code, headers=kept, content=content)
 
 
 async def read_request_async(request: httpx.Request, limit: int) -> Outgoing:

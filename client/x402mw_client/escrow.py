@@ -79,6 +79,8 @@ class _Methods:
     def __init__(self, url: str, api_key: str | None) -> None:
         self.url = check_secure(httpx.URL(url.rstrip("/")))
         self._api_key = api_key
+        # In the clear the API key stays on this machine: no proxy of the environment sees it.
+        self._encrypted = self.url.scheme == "https"
         self.last_date: float | None = None
 
     def __repr__(self) -> str:
@@ -118,7 +120,7 @@ class AsyncEscrow(_Methods):
     ) -> None:
         super().__init__(url, api_key)
         self._owned = client is None
-        self._client = client or httpx.AsyncClient()
+        self._client = client or httpx.AsyncClient(trust_env=self._encrypted)
 
     async def run(self, operation: Operation[T]) -> T:
         """Carries out an operation, repeating what is safe to repeat."""
@@ -145,7 +147,7 @@ class SyncEscrow(_Methods):
     ) -> None:
         super().__init__(url, api_key)
         self._owned = client is None
-        self._client = client or httpx.Client()
+        self._client = client or httpx.Client(trust_env=self._encrypted)
 
     def run(self, operation: Operation[T]) -> T:
         """Carries out an operation, repeating what is safe to repeat."""

@@ -39,6 +39,8 @@ RESEND_PAUSES: Final = (0.05, 0.25, 1.0)
 SIGNINGS_MAX = 4
 """The first signing and three more."""
 STALE_MAX = 8
+RUNNING_SECONDS_MAX = 600.0
+"""Terms may allow longer calls; who waits for one resumes it (`PaymentHandle`)."""
 
 PAYMENT = "x402mw_payment"
 """The key of `response.extensions` under which the caller finds its `Paid`; of an answer that
@@ -58,9 +60,6 @@ RENEWABLE: Final = ("session_closing", "voucher_expires")
 
 def fetch(wallet: WalletState, request: Outgoing) -> Story[httpx.Response]:
     """Sends a request of the caller, and pays for it if that is asked and allowed."""
-    if not request.payable:
-        answer: httpx.Response = yield Send(None)
-        return answer
     found: Offer | httpx.Response | None = wallet.offers.find(request)
     if found is None:
         found = yield from probe(wallet, request)
@@ -100,7 +99,11 @@ def learn(wallet: WalletState, request: Outgoing, answer: httpx.Response) -> Sto
 
 
 class Payment:
-    """One logical request on its way. `lost` tells that some sending of it had no answer."""
+    """One logical request on its way.
+
+    `lost`: some sending of it had no answer. `moved`: another session pays for it than the first.
+    `renamed`: the provider named another form than the one that was sent.
+    """
 
     def __init__(self, wallet: WalletState, request: Outgoing, offer: Offer) -> None:
         self.wallet = wallet
@@ -110,7 +113,7 @@ class Payment:
         self.form: Form | None = None
         self.signings = self.sendings = self.resends = 0
         self.slept = 0.0
-        self.lost = False
+        self.lost = self.moved = self.renamed = False
 
     def run(self) -> Story[httpx.Response]:
         """Signs and sends until an answer can go to the caller, or raises what became of it."""
@@ -240,7 +243,8 @@ class Payment:
     ) -> Story[None]:
         match verdict:
             case Verdict.RUNNING:
-                yield from self._wait(answer, self.offer.terms.timeout_seconds)
+                most = min(self.offer.terms.timeout_seconds, RUNNING_SECONDS_MAX)
+                yield from self._wait(answer, most)
             case Verdict.LATER:
                 yield from self._wait(answer, self.request.patience)
             case Verdict.SIGN_AGAIN:
@@ -254,9 +258,11 @@ class Payment:
         self.lost = True
         if self.resends == len(RESEND_PAUSES):
             raise self._unknown("the answer to the payment was lost")
-        pause = RESEND_PAUSES[self.resends]
+        left = self.request.patience - self.slept
+        pause = max(RESEND_PAUSES[self.resends], min(left, retry_after(answer, 0)))
         self.resends += 1
-        yield Sleep(max(pause, retry_after(answer, 0)))
+        self.slept += pause
+        yield Sleep(pause)
 
     def _foreign(self, call: Call, answer: httpx.Response) -> Story[httpx.Response]:
         """An answer without the provider's word stands, and the amount stays held."""
@@ -281,10 +287,10 @@ class Payment:
     def _take_form(self, call: Call, word: Word) -> None:
         """The provider admitted another form of this call: one of ours, or we cannot go on."""
         form = call.form_of(word.commitment)
-        if form is None or form is self.form:
+        if form is None or form is self.form or self.renamed:
             self.wallet.purse.differ(call.session)
             raise AccountsDiffer("the provider says it admitted a voucher that was never signed")
-        self.form = form
+        self.form, self.renamed = form, True
 
     def _gone(self, call: Call, word: Word) -> PaidOutcomeGone | PaymentRefused:
         self.wallet.purse.settle(call, word.charge, word)
@@ -305,13 +311,13 @@ class Payment:
         fresh = yield from learn(self.wallet, self.request, answer)
         self.offer = fresh or self.offer
         if self.offer.terms.journal != call.session.offer.terms.journal:
-            self._leave_session(call)
+            self._leave_session(call, "journal_replaced")
         elif word.final and word.reason not in RENEWABLE:
             self.wallet.purse.free(call)
             raise PaymentRefused(f"the provider refused: {word.reason}", reason=word.reason)
         elif word.reason == "session_closing":
             self.wallet.purse.end(call.session)
-            self._start_over(call)
+            self._start_over(call, word.reason)
         elif word.reason == "cover":
             self.wallet.purse.adopt(call.session, call.forms[-1], word)
         elif word.reason in TOKEN_REASONS:
@@ -320,7 +326,7 @@ class Payment:
 
     def _replaced(self, call: Call) -> Story[httpx.Response | None]:
         """Asks the new journal for its terms; if there is no price any more, that was the call."""
-        self._leave_session(call)
+        self._leave_session(call, "journal_replaced")
         self._check_replay()
         self.wallet.offers.forget(self.request.origin, self.offer)
         answer: httpx.Response = yield Send(None)
@@ -330,17 +336,20 @@ class Payment:
         self.offer = fresh
         return None
 
-    def _leave_session(self, call: Call) -> None:
+    def _leave_session(self, call: Call, reason: str) -> None:
         """The session takes no calls. Only what was never lost may be paid from another."""
         self.wallet.purse.end(call.session)
         if self.lost:
             raise self._unknown("the provider's book was replaced while the answer was lost")
-        self._start_over(call)
+        self._start_over(call, reason)
 
-    def _start_over(self, call: Call) -> None:
-        """Lets another session pay: these bytes can never be admitted."""
+    def _start_over(self, call: Call, reason: str) -> None:
+        """Lets another session pay: these bytes can never be admitted. Each locks money: once."""
         self.wallet.purse.free(call)
         self.call = self.form = None
+        if self.moved:
+            raise PaymentRefused(f"the provider refused two sessions: {reason}", reason=reason)
+        self.moved, self.renamed = True, False
 
     def _unknown(self, message: str) -> PaymentOutcomeUnknown:
         return PaymentOutcomeUnknown(

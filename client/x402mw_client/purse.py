@@ -10,13 +10,11 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from x402mw.core import headers
-from x402mw.core.amounts import Atomic, display, to_atomic
+from x402mw.core.amounts import Atomic, display
 from x402mw.core.errors import (
     AccountsDiffer,
-    LimitExceeded,
     LocalError,
     Malformed,
 )
@@ -34,6 +32,7 @@ from x402mw.core.vouchers import (
     verify_voucher,
 )
 from x402mw_client.answers import Word
+from x402mw_client.limits import Bounds, Limits, exceeded
 from x402mw_client.memory import Memory
 from x402mw_client.operations import EscrowRecord
 from x402mw_client.sessions import (
@@ -52,41 +51,6 @@ from x402mw_client.waiting import Signal
 log = logging.getLogger("x402mw.client")
 
 EXPIRES_MS = 300_000
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a wallet may spend, in display units such as "0.01"; None is no limit of that kind.
-
-    `per_request` and `total` bound charges and open calls; `session` bounds one session;
-    `max_open` bounds what one provider may have signed and not yet accounted for (default: half of
-    what the session was opened with).
-    """
-
-    per_request: str
-    total: str
-    session: str | None = None
-    max_open: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """`Limits` in atomic units."""
-
-    per_request: Atomic
-    total: Atomic
-    session: Atomic | None
-    max_open: Atomic | None
-
-    @classmethod
-    def of(cls, limits: Limits) -> "Bounds":
-        """Reads limits, or raises `AmountInvalid`."""
-        return cls(
-            to_atomic(limits.per_request),
-            to_atomic(limits.total),
-            None if limits.session is None else to_atomic(limits.session),
-            None if limits.max_open is None else to_atomic(limits.max_open),
-        )
 
 
 class Stale(Exception):
@@ -115,8 +79,9 @@ class Purse:
     # Looking.
 
     def spent(self) -> int:
-        """What all sessions ever have cost, at worst: charges and holds."""
-        return sum(session.spent for session in self.sessions.values())
+        """What all sessions ever may have cost (`Session.at_worst`)."""
+        now = self.clock()
+        return sum(session.at_worst(now) for session in self.sessions.values())
 
     def usable(self, key: tuple[str, str, bytes]) -> Session | None:
         """The session that may pay for new calls, if there is one."""
@@ -132,14 +97,14 @@ class Purse:
         """Raises `LimitExceeded` if a call of `amount`, holding `more` than now, breaks a limit."""
         bounds = self.bounds
         if amount > bounds.per_request:
-            raise _exceeded("per_request", bounds.per_request, amount)
+            raise exceeded("per_request", bounds.per_request, amount)
         with self.lock:
             spent_in_all = self.spent()
         if spent_in_all + more > bounds.total:
-            raise _exceeded("total", bounds.total, amount)
+            raise exceeded("total", bounds.total, amount)
         spent = 0 if session is None else session.spent
         if bounds.session is not None and spent + more > bounds.session:
-            raise _exceeded("session", bounds.session, amount)
+            raise exceeded("session", bounds.session, amount)
 
     def max_open(self, session: Session) -> int:
         """How much of a session may be open at once."""
@@ -334,7 +299,8 @@ class Purse:
                 calls = list(session.calls.values())
                 session.calls.clear()
                 session.held = session.unattributed = Atomic(0)
-                session.charged = session.total_seen = Atomic(charged)
+                # The provider has signed for this figure, and the escrow paid it out.
+                session.charged = session.total_seen = session.cumulative = Atomic(charged)
             session.state = State.CLOSED
             self._remember(session, dropped=calls)
         self.signal.notify()
@@ -390,12 +356,6 @@ def _proves_loss(session: Session, word: Word) -> bool:
         and session.charged <= charged
         and charged + opened <= voucher.cumulative
         and verify_voucher(signed, public_key(session.seed))
-    )
-
-
-def _exceeded(limit: str, bound: int, amount: int) -> LimitExceeded:
-    return LimitExceeded(
-        limit, f"a call of up to {display(amount)} would break the limit {limit} = {display(bound)}"
     )
 
 

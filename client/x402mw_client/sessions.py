@@ -68,7 +68,7 @@ class Subject:
 class Form:
     """One signed voucher for a call. `expires` is in milliseconds."""
 
-    signed: SignedVoucher
+    signed: SignedVoucher = field(repr=False)
     offer: Offer
     binding: int
     expires: int
@@ -169,6 +169,13 @@ class Session:
     def spent(self) -> int:
         """What this session has cost, at worst."""
         return self.charged + self.held
+
+    def at_worst(self, now: float) -> int:
+        """What this session may come to, whatever its provider does with what was signed.
+
+        Where no more is signed, headroom that refused and cheaper calls left is never used up.
+        """
+        return self.spent if self.takes_calls(now) else max(self.spent, self.cumulative)
 
     @property
     def rest(self) -> int:

@@ -8,10 +8,11 @@ from x402mw.core.keys import PUBLIC_KEY_BYTES, check_public_key
 from x402mw.core.strict import b64url_decode, b64url_encode
 from x402mw.core.tokens import open_key_set
 from x402mw.core.vouchers import network_id
+from x402mw_client.limits import Limits
 from x402mw_client.memory import Memory
 from x402mw_client.offers import LearntOffers, ProbeGate, normal_url, read_offer
 from x402mw_client.operations import EscrowKeys
-from x402mw_client.purse import Limits, Purse
+from x402mw_client.purse import Purse
 from x402mw_client.sessions import Offer, Paid
 from x402mw_client.waiting import Sections
 

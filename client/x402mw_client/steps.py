@@ -94,7 +94,6 @@ class Outgoing:
     request: httpx.Request
     content: bytes | None
     stream: AsyncIterator[bytes] | Iterator[bytes] | None = None
-    payable: bool = True
 
     def __post_init__(self) -> None:
         url = self.request.url

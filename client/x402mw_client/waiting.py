@@ -8,7 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 ENTERED: Final = object()
@@ -47,8 +47,8 @@ class Signal:
         changed = asyncio.Event()
 
         def wake() -> None:
-            # The loop of a waiter that is gone may be closed by now.
-            if not loop.is_closed():
+            # The loop of a waiter that is gone may be closed, at any moment.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(changed.set)
 
         try:

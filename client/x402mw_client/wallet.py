@@ -9,12 +9,11 @@ from typing import TypeVar
 import httpx
 
 from x402mw.core.amounts import Atomic, display
-from x402mw.core.errors import X402mwError
 from x402mw_client.closing import close_all, close_lost
 from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
+from x402mw_client.limits import Limits
 from x402mw_client.memory import Memory
-from x402mw_client.purse import Limits
 from x402mw_client.sessions import Paid, State
 from x402mw_client.state import BUFFER_BYTES, WalletState
 from x402mw_client.steps import Story
@@ -71,7 +70,7 @@ class Wallet:
                 buffer_limit=buffer_limit,
                 on_payment=on_payment,
             )
-        except X402mwError:
+        except BaseException:
             # A wallet that does not come about must not keep its file locked.
             self._memory.close()
             raise

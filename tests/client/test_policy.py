@@ -49,8 +49,8 @@ async def test_per_request(world: World) -> None:
 
 
 async def test_total(world: World) -> None:
-    """All charges and holds together stay within `total`, over closed sessions too."""
-    world.connect(limits(total="0.0025"))
+    """All charges and holds stay within `total`, with what an ended session left signed."""
+    world.connect(limits(total="0.0035"))
     await world.get("/item/a")
     world.provider.script = [world.provider.refusal(402, "session_closing", final=True)]
     await world.get("/item/a")
