@@ -11,7 +11,12 @@ import pytest
 
 from tests.support.market import Market, open_market
 from x402mw.core.amounts import to_atomic
-from x402mw.core.errors import PaidOutcomeGone, PaymentOutcomeUnknown, PaymentRefused
+from x402mw.core.errors import (
+    EscrowUnavailable,
+    PaidOutcomeGone,
+    PaymentOutcomeUnknown,
+    PaymentRefused,
+)
 from x402mw_client import Limits, PaymentTransport, Wallet
 
 pytestmark = [pytest.mark.anyio, pytest.mark.whole]
@@ -58,7 +63,7 @@ class Shopper:
                 return "given up"
             except PaidOutcomeGone:
                 return "answer gone"
-            except httpx.ConnectError:
+            except (httpx.ConnectError, EscrowUnavailable):
                 await asyncio.sleep(0.1)
                 return "not sent"
             if answer.status_code == 200:
