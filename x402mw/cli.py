@@ -20,15 +20,14 @@ except ImportError:  # pragma: no cover (needs an environment without the extra)
 from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import X402mwError
 from x402mw.core.strict import b64url_encode
+from x402mw.escrow.settings import LOCAL_PROXIES, NETWORK, Settings
 
 if TYPE_CHECKING:
     from x402mw.escrow.ledger import Ledger
-    from x402mw.escrow.settings import Settings
 
 ROOT_KEY_VARIABLE = "X402MW_ROOT_KEY"
 DATABASE_VARIABLE = "X402MW_ESCROW_DB"
 DATABASE = "x402mw-escrow.db"
-NETWORK = "escrow:main"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,12 +72,15 @@ def serve(
     faucet: Annotated[str, typer.Option(help="What a new agent may claim once.")] = "1.00",
     faucet_daily: Annotated[str, typer.Option(help="All claims of one day; 0 = off.")] = "100.00",
     faucet_per_source: Annotated[int, typer.Option(help="Claims of one address a day.")] = 10,
+    trusted_proxies: Annotated[
+        str,
+        typer.Option(envvar="FORWARDED_ALLOW_IPS", help="Whose X-Forwarded-For is believed."),
+    ] = LOCAL_PROXIES,
 ) -> None:
     """Serve the escrow until SIGTERM; prints its URL and root key as NAME=value lines."""
     from x402mw.core.keys import public_key
     from x402mw.escrow import serve as server
     from x402mw.escrow.api import create_app
-    from x402mw.escrow.settings import Settings
 
     settings = Settings(
         database_url=db,
@@ -101,15 +103,16 @@ def serve(
         root_key = b64url_encode(public_key(settings.root_seed))
         print(f"X402MW_ESCROW_ROOT={root_key}", flush=True)  # noqa: T201
 
-    if not server.run(create_app(settings), sock, announce):
+    if not server.run(create_app(settings), sock, announce, trusted_proxies):
         _fail("the escrow did not start")
 
 
-async def _open_once(settings: "Settings") -> None:
+async def _open_once(settings: Settings) -> None:
+    from x402mw.escrow.database import check_file
     from x402mw.escrow.ledger import visit_ledger
 
     async with visit_ledger(settings, time.time):
-        pass
+        await check_file(settings.database_url)
 
 
 @escrow.command()
@@ -155,7 +158,6 @@ def rotate_key(db: Database = DATABASE) -> None:
 def _with_ledger(db: str, use: "Callable[[Ledger], Awaitable[Result]]") -> Result:
     """Opens an existing database beside the service, uses it and lets go of it."""
     from x402mw.escrow.ledger import find_network, visit_ledger
-    from x402mw.escrow.settings import Settings
 
     _check_exists(db)
     root_seed = _root_seed(db, may_create=False)

@@ -143,6 +143,7 @@ def refusal(
         ("escrow serve --db x.db --host 203.0.113.7", "cannot listen on 203.0.113.7 port 8401"),
         ("escrow serve --db broken.db --port 0", "file is not a database"),
         ("escrow serve --db newer.db --port 0", "newer version"),
+        ("escrow serve --db torn.db --port 0", "this database is damaged"),
         ("escrow serve --db good.db --network escrow:other", "another network or root key"),
         ("escrow serve --db x.db --network Main! --port 0", 'named like "escrow:main"'),
         ("register --escrow http://127.0.0.1:1 x", "did not answer as an escrow"),
@@ -167,7 +168,7 @@ def test_commands_refuse_in_one_line(
 
 @pytest.fixture(scope="module")
 def odd_databases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an escrow's database, one of a newer version, one of others, and junk."""
+    """A folder with an escrow's database, one damaged, one newer, one of others, and junk."""
     folder = tmp_path_factory.mktemp("odd")
     settings = Settings(str(folder / "good.db"), ROOT_SEED)
 
@@ -176,6 +177,11 @@ def odd_databases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     asyncio.run(make())
     shutil.copy(folder / "good.db", folder / "newer.db")
+    with closing(sqlite3.connect(folder / "good.db")) as good:
+        query = "SELECT rootpage * page_size FROM sqlite_master, pragma_page_size"
+        (end,) = good.execute(f"{query} WHERE name = 'accounts'").fetchone()
+    pages = (folder / "good.db").read_bytes()
+    (folder / "torn.db").write_bytes(pages[: end - 4096] + b"7" * 4096 + pages[end:])
     for name, statement in (
         ("newer.db", "UPDATE alembic_version SET version_num = '9999'"),
         ("other.db", "CREATE TABLE others (x)"),

@@ -110,6 +110,16 @@ async def visiting(url: str) -> AsyncIterator[AsyncConnection]:
         await engine.dispose()
 
 
+async def check_file(url: str) -> None:
+    """Refuses a damaged SQLite file; a database server looks after its own files."""
+    if database_file(url) is None:
+        return
+    async with visiting(url) as connection:
+        problem = (await connection.exec_driver_sql("PRAGMA quick_check(1)")).scalar_one()
+    if problem != "ok":
+        raise ConfigurationError(f"this database is damaged: {problem.splitlines()[-1]}")
+
+
 async def migrate(engine: AsyncEngine) -> None:
     """Brings the schema to the newest revision, in one transaction."""
     async with engine.begin() as connection:

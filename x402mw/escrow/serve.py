@@ -1,6 +1,5 @@
 """Runs the escrow as a process: one socket, one announcement, a clean end on SIGTERM."""
 
-import os
 import signal
 import socket
 from collections.abc import Callable
@@ -8,11 +7,11 @@ from collections.abc import Callable
 import uvicorn
 from starlette.types import ASGIApp
 
+from x402mw.escrow.settings import LOCAL_PROXIES
+
 KEEP_ALIVE_SECONDS = 30
 SHUTDOWN_SECONDS = 10
 HEADER_BYTES_MAX = 16 * 1024
-LOCAL_PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"
-"""Whose word about a client's address counts; all else from this machine is exempt from limits."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,7 +37,9 @@ def url_of(sock: socket.socket) -> str:
 class AnnouncingServer(uvicorn.Server):
     """A uvicorn server that says when it really listens."""
 
-    def __init__(self, app: ASGIApp, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, announce: Callable[[], None], trusted_proxies: str = LOCAL_PROXIES
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -52,7 +53,7 @@ class AnnouncingServer(uvicorn.Server):
                 # The other parser that may be installed takes headers without end.
                 http="h11",
                 h11_max_incomplete_event_size=HEADER_BYTES_MAX,
-                forwarded_allow_ips=os.environ.get("FORWARDED_ALLOW_IPS", LOCAL_PROXIES),
+                forwarded_allow_ips=trusted_proxies,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
@@ -66,9 +67,11 @@ class AnnouncingServer(uvicorn.Server):
             self._announce()
 
 
-def run(app: ASGIApp, sock: socket.socket, announce: Callable[[], None]) -> bool:
+def run(
+    app: ASGIApp, sock: socket.socket, announce: Callable[[], None], trusted_proxies: str
+) -> bool:
     """Serves until a signal; returns whether it ever started."""
-    server = AnnouncingServer(app, announce)
+    server = AnnouncingServer(app, announce, trusted_proxies)
     # uvicorn repeats the signal that stopped it; after a clean end there is nothing left to kill.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

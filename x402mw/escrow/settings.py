@@ -8,6 +8,9 @@ from x402mw.core.errors import ConfigurationError
 from x402mw.core.tokens import CLAIM_SECONDS
 
 NETWORK = "escrow:main"
+LOCAL_PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"
+"""Whose word about a client's address counts: this machine's, in each spelling."""
+
 ONE_DOLLAR, HUNDRED_DOLLARS = to_atomic("1.00"), to_atomic("100.00")
 _NETWORK = re.compile(r"escrow:[-_a-zA-Z0-9]{1,32}", re.ASCII)
 
