@@ -7,6 +7,7 @@ if every step did what it says and the books balance to the unit.
 
 import asyncio
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -359,11 +360,15 @@ def books_table(books: Books) -> Table:
 
 async def stay(console: Console, market: Market) -> None:
     """Leaves everything running until Ctrl-C, and says how to go on."""
+    settings = f"X402MW_ESCROW={market.escrow_url} X402MW_API_KEY={market.api_key}"
+    quote, python = f"{market.provider_url}/quote/BTC", sys.executable
+    books = f"{market.folder}/escrow.db"
     console.print(
-        f"\nStill running. Escrow {market.escrow_url}, provider {market.provider_url}.\n"
-        f"  curl -i {market.provider_url}/quote/BTC\n"
-        f"  export X402MW_ESCROW={market.escrow_url} X402MW_API_KEY={market.api_key}\n"
-        "Stop with Ctrl-C.",
+        f"\nStill running: escrow {market.escrow_url}, provider {market.provider_url}\n\n"
+        f"  see the terms    curl -i {quote}\n"
+        f"  buy              {settings} {python} -m demo_provider.buyer {quote}\n"
+        f"  read the books   {python} -m x402mw.cli escrow check --db {books}\n\n"
+        "Ctrl-C stops everything.",
         markup=False,
         highlight=False,
         soft_wrap=True,
