@@ -6,6 +6,7 @@ if every step did what it says and the books balance to the unit.
 """
 
 import asyncio
+import signal
 import socket
 import sys
 import tempfile
@@ -359,7 +360,7 @@ def books_table(books: Books) -> Table:
 
 
 async def stay(console: Console, market: Market) -> None:
-    """Leaves everything running until Ctrl-C, and says how to go on."""
+    """Leaves everything running until Ctrl-C or SIGTERM, and says how to go on."""
     settings = f"X402MW_ESCROW={market.escrow_url} X402MW_API_KEY={market.api_key}"
     quote, python = f"{market.provider_url}/quote/BTC", sys.executable
     books = f"{market.folder}/escrow.db"
@@ -373,7 +374,10 @@ async def stay(console: Console, market: Market) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    await asyncio.Event().wait()
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await stopped.wait()
 
 
 async def stop(market: Market) -> None:
@@ -389,7 +393,7 @@ def main(*, keep: bool = False) -> int:
     try:
         asyncio.run(play(console, keep=keep))
     except KeyboardInterrupt:
-        return 0 if keep else 130
+        return 130
     except RuntimeError as error:
         console.print(f"[red]{error}[/red]")
         return 1
