@@ -34,10 +34,11 @@ from x402mw_client.upkeep import finish_openings
 log = logging.getLogger("x402mw.client")
 
 CLOSE_SECONDS = 5.0
-DOUBTS_AT_ONCE = 16
+DOUBTS_AT_ONCE, DOUBTS_SECONDS = 16, 10.0
 LEARN_PAUSES = (0.0, 0.25)
 """The provider may need a moment to notice that an answer was cut short."""
 LIVE = ("locked", "partially_released")
+OVER = ("released", "refunded", "settled")
 
 
 def control(wallet: WalletState, session: Session, body: dict[str, Any]) -> Story[httpx.Response]:
@@ -53,10 +54,15 @@ def control(wallet: WalletState, session: Session, body: dict[str, Any]) -> Stor
 
 
 def resolve_doubts(wallet: WalletState, now: float) -> Story[int]:
-    """Asks providers about calls nobody waits for any more; returns how many became certain."""
+    """Asks providers about calls nobody waits for any more; returns how many became certain.
+
+    A caller waits for this, so it takes a bounded time; who was asked last is asked last again.
+    """
     known = 0
-    for session in list(wallet.purse.sessions.values()):
+    for session in sorted(wallet.purse.sessions.values(), key=lambda found: found.asked_until):
         for call in session.doubts()[:DOUBTS_AT_ONCE]:
+            if wallet.clock() > now + DOUBTS_SECONDS:
+                return known
             try:
                 known += yield from resolve(wallet, call, now)
             except httpx.TransportError:
@@ -70,6 +76,7 @@ def resolve(wallet: WalletState, call: Call, now: float) -> Story[bool]:
     A call that is still unknown is freed only when no form of it can be admitted any more *and*
     somebody answered: silence proves nothing.
     """
+    call.session.asked(now)
     answer = yield from control(wallet, call.session, {"op": "receipt", "seq": str(call.seq)})
     word = _read_receipt_word(answer, call.seq)
     if word is not None and word.final:
@@ -133,6 +140,8 @@ def close_session(wallet: WalletState, session: Session) -> Story[None]:
         wallet.purse.end(session)
     charged = yield from _close_at_provider(wallet, session)
     if charged is not None:
+        charged = yield from _confirm(session, charged)
+    if charged is not None:
         wallet.purse.close(session, charged)
         log.info("closed session %s: paid %s in all", session.name, display(charged))
         return
@@ -145,6 +154,20 @@ def close_session(wallet: WalletState, session: Session) -> Story[None]:
         return
     # Its holds stay counted: the provider may still redeem what we signed.
     wallet.purse.close(session, None)
+
+
+def _confirm(session: Session, charged: int) -> Story[int | None]:
+    """Asks the escrow what a session came to, for a receipt may lie; None if it is not over."""
+    try:
+        record: EscrowRecord = yield Ask(operations.get(session.id))
+    except (EscrowRefused, EscrowUnavailable):
+        return charged
+    if record.status not in OVER:
+        log.error("session %s: the final receipt came before the end", session.name)
+        return None
+    if record.released > charged:
+        log.error("session %s: more was taken than the final receipt says", session.name)
+    return max(charged, record.released)
 
 
 def _close_at_provider(wallet: WalletState, session: Session) -> Story[int | None]:

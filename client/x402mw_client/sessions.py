@@ -190,16 +190,16 @@ class Session:
         """Whether a new call may be signed in this session."""
         return self.state is State.OPEN and now < self.expires_at - LAST_SECONDS
 
-    def may_ask(self, now: float) -> bool:
-        """Counts one question to the provider's control path, if it is not one too many.
+    def asked(self, now: float) -> None:
+        """Counts one question to the provider's control path."""
+        self.asked_until = max(self.asked_until, now) + ASK_SECONDS
 
-        Providers limit such questions (60 a minute), and refuse calls too when they were too many.
+    def may_ask(self, now: float) -> bool:
+        """Whether one more question is not too many.
+
+        Providers limit them (60 a minute), and refuse calls as well when they were too many.
         """
-        until = max(self.asked_until, now) + ASK_SECONDS
-        if until > now + ASK_SECONDS * ASKS_AT_ONCE:
-            return False
-        self.asked_until = until
-        return True
+        return self.asked_until <= now + ASK_SECONDS * (ASKS_AT_ONCE - 1)
 
     def held_by(self, call: Call | None) -> int:
         """What a call holds now."""

@@ -69,6 +69,7 @@ class ScriptedProvider:
     unfinished: bool = False
     journal: bytes = p.JOURNAL
     replaced: frozenset[bytes] = frozenset()
+    settle_at_escrow: Callable[[bytes, int], None] = lambda session, charged: None
     accounts: dict[bytes, Account] = field(default_factory=dict)
     best: dict[bytes, bytes] = field(default_factory=dict)
     rows: dict[tuple[bytes, int], Call] = field(default_factory=dict)
@@ -249,6 +250,7 @@ class ScriptedProvider:
         if wanted["op"] == "close":
             account = replace(account, state=SessionState.CLOSED)
             self.accounts[claim.session] = account
+            self.settle_at_escrow(claim.session, account.charged)
         content: dict[str, Any] = {
             "charged": str(account.charged),
             "open": str(account.reserved),

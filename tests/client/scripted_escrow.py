@@ -48,6 +48,8 @@ class ScriptedEscrow:
             self.stored.setdefault(key, {"body": body, "answer": answer.json()})
             return self.script.pop(0)(answer) if self.script else answer
         session = self.sessions[path.split("/")[4]]
+        if request.method == "GET":
+            return httpx.Response(200, json=self._view(session))
         return self._act(session, path.split("/")[-1], body)
 
     def count(self, what: str) -> int:
@@ -105,6 +107,12 @@ class ScriptedEscrow:
             session["status"] = "closing"
         return self._answer(session)
 
+    def settle(self, session: bytes, charged: int) -> None:
+        """The provider's final redemption: what is left of the deposit returns at once."""
+        found = self.sessions.get(ids.format_id(ids.ESCROW, session))
+        if found is not None:
+            found |= {"status": "settled" if charged else "refunded", "released": charged}
+
     def _refuse(self, code: str, **more: str) -> httpx.Response:
         problem = {"type": f"urn:x402mw:problem:{code}", "code": code, "detail": code, **more}
         return httpx.Response(409, json=problem)
@@ -141,7 +149,7 @@ class ScriptedEscrow:
             "to_agent_id": session["to_agent_id"],
             "asset": "USDC",
             "amount": display(session["deposit"]),
-            "released": "0.00",
+            "released": display(session.get("released", 0)),
             "refunded": "0.00",
             "remaining": display(session["deposit"]),
             "fee": "0.00",

@@ -107,6 +107,44 @@ async def test_only_one_form_can_have_been_admitted(world: World) -> None:
     assert len(world.signed) <= 5
 
 
+async def test_a_final_receipt_that_closed_nothing(world: World) -> None:
+    """Who signs a final receipt but leaves the money locked is overruled: the escrow closes."""
+    await world.get("/item/a")
+    world.provider.settle_at_escrow = lambda session, charged: None
+    await world.close()
+    assert world.escrow.count("/close") == 1
+    assert [session["status"] for session in world.escrow.sessions.values()] == ["closing"]
+
+
+async def test_a_final_receipt_below_what_was_taken(world: World) -> None:
+    """What counts as spent is what the escrow paid out, whatever the receipt says."""
+    world.provider.charge = 100
+    await world.get("/item/a")
+    settle = world.provider.settle_at_escrow
+    world.provider.settle_at_escrow = lambda session, charged: settle(session, 1000)
+    await world.close()
+    assert world.money() == (1000, 0)
+
+
+async def test_slow_control_answers_hold_nobody_up(world: World) -> None:
+    """Other calls wait a bounded time for what one provider knows of its doubtful calls."""
+    world.connect(replace(LIMITS, total="0.012"))
+    world.provider.script = [world.provider.answer(200)] * 12
+    for _ in range(12):
+        await world.get("/item/a")
+    asked: list[int] = []
+
+    def slowly(request: httpx.Request) -> httpx.Response:
+        asked.append(1)
+        world.clock.now += 4
+        return httpx.Response(503)
+
+    world.provider.control_script = [slowly] * 50
+    with pytest.raises(LimitExceeded):
+        await world.get("/item/a")
+    assert len(asked) <= 3
+
+
 # Time.
 
 

@@ -42,7 +42,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.escrow = ScriptedEscrow(self.clock)
-        self.provider = ScriptedProvider(self.clock)
+        self.provider = ScriptedProvider(self.clock, settle_at_escrow=self.escrow.settle)
         self.inner = httpx.MockTransport(lambda request: self.provider(request))
         self.connect()
 
