@@ -138,8 +138,9 @@ async def test_the_judge_notices(
 async def test_migrations_make_the_tables_that_queries_know(tmp_path: Path) -> None:
     """House: schema.py and the migrations name the same tables, columns and types."""
     engine = database.open_engine(str(tmp_path / "new.db"))
-    await database.migrate(engine)
-    await database.migrate(engine)
+    for _ in range(2):
+        async with engine.begin() as connection:
+            await database.migrate(connection)
     await engine.dispose()
     sync = create_engine(f"sqlite:///{tmp_path / 'new.db'}")
     found = inspect(sync)
@@ -238,7 +239,8 @@ def test_money_needs_a_database_that_lasts(text: str) -> None:
 async def test_what_the_database_objects_to_shows_no_values(tmp_path: Path) -> None:
     """Security: an error of the database in a log holds none of the values it was given."""
     engine = database.open_engine(str(tmp_path / "escrow.db"))
-    await database.migrate(engine)
+    async with engine.begin() as connection:
+        await database.migrate(connection)
     broken = {"agent_id": "a", "name": "private", "key_hash": None, "created_at": 1}
     async with engine.connect() as connection:
         with pytest.raises(IntegrityError) as refused:

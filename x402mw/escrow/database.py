@@ -23,6 +23,7 @@ _READING = {"x402mw_reading": True}
 BUSY_MILLISECONDS = 10_000
 CONNECTIONS_MAX = 8
 _FORMS = "a database is a file path, sqlite:///... or postgresql://user:password@host:port/name"
+_SETUP_LOCK = 402
 _CONFLICTS = ("40001", "40P01")
 
 
@@ -120,14 +121,18 @@ async def check_file(url: str) -> None:
         raise ConfigurationError(f"this database is damaged: {problem.splitlines()[-1]}")
 
 
-async def migrate(engine: AsyncEngine) -> None:
-    """Brings the schema to the newest revision, in one transaction."""
-    async with engine.begin() as connection:
-        try:
-            await connection.run_sync(_upgrade)
-        except CommandError:
-            message = "this database was made by a newer version of x402mw"
-            raise ConfigurationError(message) from None
+async def migrate(connection: AsyncConnection) -> None:
+    """Brings the schema to the newest revision; processes that start at once wait for each other.
+
+    The caller's transaction holds the lock to its end, so it may also write the first rows.
+    """
+    if connection.dialect.name == "postgresql":
+        await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_SETUP_LOCK})")
+    try:
+        await connection.run_sync(_upgrade)
+    except CommandError:
+        message = "this database was made by a newer version of x402mw"
+        raise ConfigurationError(message) from None
 
 
 def _upgrade(connection: Connection) -> None:
@@ -146,4 +151,6 @@ def is_conflict(error: DBAPIError) -> bool:
 
 def is_unavailable(error: BaseException) -> bool:
     """Tells whether the database cannot work now (locked, full, away), as against refusing data."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
     return isinstance(error, (OperationalError, InterfaceError, PoolTimeout, OSError))

@@ -171,9 +171,9 @@ async def open_ledger(settings: Settings, clock: Clock, *, serving: bool) -> Led
     """Opens the books: newest schema, first key, and the same network and root key as ever."""
     engine = database.open_engine(settings.database_url)
     try:
-        await database.migrate(engine)
         ledger = Ledger(engine, settings, clock, serving=serving)
         async with engine.begin() as connection:
+            await database.migrate(connection)
             await _found(connection, ledger)
     except BaseException:
         await engine.dispose()
