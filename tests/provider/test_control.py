@@ -201,6 +201,21 @@ async def test_control_calls_are_counted(tmp_path):
         assert ask[2].header("retry-after") == "60"
 
 
+async def test_asking_what_a_stream_cost_is_free(tmp_path):
+    """An answer that went out without its figure earns the question for it."""
+    desk = Desk(tmp_path / "j.db", per_minute=2)
+    app = Handler(start(), count(tokens=3), body(b"x"))
+    prices = {"GET /quote/{symbol}": PerUnit("token", "0.001", max_units=3)}
+    async with selling(app, prices, tmp_path, desk=desk) as shop:
+        for seq in range(1, 6):
+            paid = shop.payment(seq=seq, cumulative=3000 * seq)
+            assert (await shop.pay(paid)).paid["extra"]["state"] == "open"
+            asking = shop.control({"op": "receipt", "seq": str(seq)}, seq=100 + seq)
+            answer = await shop.pay(asking)
+            assert answer.status == 200
+            assert json.loads(answer.body)["seq"]["charge"] == "3000"
+
+
 async def test_a_journal_that_fails(shop):
     """Control while the journal fails: 503 with Retry-After."""
 

@@ -14,6 +14,7 @@ from tests.provider.journals import Clock, admit, admitted, claim, outcome
 from tests.support.payments import SESSION
 from x402mw.core.amounts import Atomic
 from x402mw.provider.journal import Admitted, Journal, JournalUnavailable, schema
+from x402mw.provider.journal import journal as journal_module
 from x402mw.provider.journal.transaction import Transaction
 from x402mw.provider.journal.writer import Writer
 
@@ -84,6 +85,33 @@ async def test_full_disk(journal: Journal, path: str) -> None:
     settled = await journal.settle(call, used=0, outcome=outcome(bytes(16_000)))
     assert (settled.charge, settled.charged_total) == (1000, 1000)
     assert await admit(journal, claim(1)) == outcome(bytes(16_000))
+
+
+async def test_a_cancelled_admission_is_freed_when_the_disk_is(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call whose caller went away is voided even if the journal cannot be written just then."""
+    monkeypatch.setattr(journal_module, "VOID_RETRY_SECONDS", 0.01)
+    commit: Callable[[Writer, Transaction], None] = Writer._commit
+    commits = 0
+
+    def second_fails(writer: Writer, transaction: Transaction) -> None:
+        nonlocal commits
+        commits += 1
+        if commits == 2:
+            raise sqlite3.OperationalError("disk full")
+        commit(writer, transaction)
+
+    monkeypatch.setattr(Writer, "_commit", second_fails)
+    task = asyncio.ensure_future(admit(journal, claim(1)))
+    await asyncio.sleep(0)
+    task.cancel()
+    async with asyncio.timeout(5):
+        while commits < 3:
+            await asyncio.sleep(0.005)
+    account = await journal.account(SESSION)
+    assert account is not None
+    assert (account.charged, account.reserved) == (0, 0)
 
 
 async def test_locked_by_a_stranger(journal: Journal, path: str) -> None:

@@ -134,6 +134,16 @@ async def test_age_counts_from_the_first_unredeemed_charge(shop: Shop) -> None:
     assert amounts(shop.escrow) == [["0.001"], ["0.002"]]
 
 
+async def test_changes_that_pay_nothing_do_not_put_it_off(shop: Shop) -> None:
+    """However often a buyer tops up, what it owes is redeemed at its age."""
+    await shop.sell(A)
+    for deposit in range(6):
+        shop.escrow.change(A, deposit=2_000_000 + deposit)
+        await shop.redeemer._round()
+        shop.clock.now += 1
+    assert amounts(shop.escrow) == [["0.001"]]
+
+
 async def test_redeems_by_amount(path: Path) -> None:
     """A session that owes `by_amount` is redeemed without waiting; others wait."""
     shop = await open_shop(path, ScriptedEscrow(), Clock(), by_amount=Atomic(3000))
@@ -225,6 +235,17 @@ async def test_a_refused_call_is_no_verdict(shop: Shop, status: int) -> None:
     shop.escrow.status = 0
     await shop.redeemer.redeem_all()
     assert shop.journal.unredeemed == 0
+
+
+@pytest.mark.parametrize("status", [401, 403, 503])
+async def test_it_fails_until_a_whole_round_succeeds(shop: Shop, status: int) -> None:
+    """An escrow that answers but takes no redemption is as good as away: `failing` says so."""
+    assert not shop.redeemer.failing
+    await shop.redeemer.start()
+    shop.escrow.status = status
+    await until(lambda: shop.redeemer.failing)
+    shop.escrow.status = 0
+    await until(lambda: not shop.redeemer.failing)
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,18 @@ async def test_credit_is_bounded_while_the_escrow_is_away(tmp_path):
         assert (await shop.pay(shop.payment(seq=3, cumulative=3000))).status == 200
 
 
+async def test_credit_is_bounded_while_redeeming_fails(tmp_path):
+    """An escrow that is there but redeems nothing is not given unbounded credit either."""
+    desk = Desk(tmp_path / "j.db", unredeemed_max=2500)
+    async with selling(Handler(), PRICES, tmp_path, desk=desk) as shop:
+        shop.redeemer.failing = True
+        statuses = [
+            (await shop.pay(shop.payment(seq=seq, cumulative=1000 * seq))).status
+            for seq in (1, 2, 3)
+        ]
+        assert statuses == [200, 200, 503]
+
+
 async def test_failures_for_free_are_counted(tmp_path):
     """After its share of free failures a session is refused with 429 for the rest of a minute."""
     desk = Desk(tmp_path / "j.db", per_minute=3)

@@ -65,6 +65,7 @@ class Redeemer:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.works = True
+        self.failing = False
         self.nudges = 0
         self.closed: list[bytes] = []
 

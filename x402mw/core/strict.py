@@ -21,12 +21,7 @@ def loads(raw: bytes, nesting_max: int = NESTING_MAX) -> Any:
     """Parses JSON, or raises `Malformed`. Numbers with a point become `Decimal`, never float."""
     try:
         text = raw.decode("utf-8")
-        value = json.loads(
-            text,
-            object_pairs_hook=_without_duplicates,
-            parse_constant=_no_constant,
-            parse_float=_exact_number,
-        )
+        value = _DECODER.decode(text)
     except RecursionError:
         raise Malformed("the JSON is nested too deeply") from None
     except ValueError:
@@ -65,6 +60,13 @@ def _no_constant(name: str) -> NoReturn:
     raise Malformed(f"{name} is not JSON")
 
 
+# Made once: a new one for every message costs more than most messages do.
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_float=_exact_number
+)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def _check_nesting(value: Any, levels_left: int) -> None:
     if not isinstance(value, (dict, list)):
         return
@@ -94,7 +96,7 @@ def same(left: Any, right: Any) -> bool:
 
 def dumps(value: Any) -> bytes:
     """Writes JSON compactly: what goes into headers should be short."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def b64_encode(raw: bytes) -> str:
@@ -105,9 +107,10 @@ def b64_encode(raw: bytes) -> str:
 def b64_decode(text: bytes) -> bytes:
     """Reads standard padded base64 that is canonical, or raises `Malformed`."""
     try:
-        raw = base64.b64decode(text, validate=True)
+        raw = binascii.a2b_base64(text)
     except binascii.Error:
         raise Malformed("this is not standard base64") from None
+    # What is not of the alphabet was skipped, and shows here.
     if base64.b64encode(raw) != text:
         raise Malformed("this base64 is not canonical")
     return raw

@@ -65,13 +65,13 @@ async def _read(
     values = request.payment_headers(scope)
     claim = gate.inspect(values, service.book, service.link.open_token, control=True)
     request.check_length(scope, CONTROL_BODY_BYTES_MAX)
-    body = await request.read_body(receive, CONTROL_BODY_BYTES_MAX)
+    body, body_hash = await request.read_body(receive, CONTROL_BODY_BYTES_MAX)
     gate.bind(
         claim,
         method=scope["method"],
         origin=origin,
         target=target,
-        body_hash=request.body_hash(body),
+        body_hash=body_hash,
     )
     try:
         wanted = parse(ControlRequest, body)

@@ -98,6 +98,11 @@ class Redeemer:
         except (X402mwError, TimeoutError) as error:
             log.warning("stopping before everything could be redeemed: %s", error)
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last round failed: then an escrow that answers still takes no money in."""
+        return self._failures > 0
+
     def nudge(self) -> None:
         """Asks for everything owed to be redeemed now."""
         self._nudged.set()

@@ -90,9 +90,8 @@ def target(scope: Scope, path_prefix: str) -> str:
     raw = scope.get("raw_path")
     path = raw.decode("latin-1") if raw else quote(str(scope["path"]), safe="/%:@!$&'()*+,;=~")
     path = path.partition("?")[0]
-    root = quote(str(scope.get("root_path", "")), safe="/%:@!$&'()*+,;=~")
-    if root and path.startswith(root):
-        path = path[len(root) :]
+    if scope.get("root_path"):
+        path = path.removeprefix(quote(str(scope["root_path"]), safe="/%:@!$&'()*+,;=~"))
     query = scope.get("query_string", b"").decode("latin-1")
     return path_prefix + path + (f"?{query}" if query else "")
 
@@ -127,8 +126,11 @@ def paid_scope(scope: Scope, payment: Any) -> Scope:
     return {**scope, "headers": kept, "extensions": extensions, "state": state}
 
 
-async def read_body(receive: Receive, bytes_max: int) -> bytes:
-    """Reads the request body, or raises `Refused`: 413 when too long, 408 when too slow."""
+async def read_body(receive: Receive, bytes_max: int) -> tuple[bytes, bytes]:
+    """Returns the request body and its SHA-256, as vouchers bind it.
+
+    Raises `Refused`: 413 when the body is too long, 408 when it comes too slowly.
+    """
     try:
         async with asyncio.timeout(BODY_SECONDS_MAX):
             return await _collect(receive, bytes_max)
@@ -143,8 +145,10 @@ def check_length(scope: Scope, bytes_max: int) -> None:
             raise too_large(bytes_max)
 
 
-async def _collect(receive: Receive, bytes_max: int) -> bytes:
+async def _collect(receive: Receive, bytes_max: int) -> tuple[bytes, bytes]:
     chunks: list[bytes] = []
+    # Hashed as it comes, so that a long body never holds up other requests.
+    digest = hashlib.sha256()
     size, more = 0, True
     while more:
         message = await receive()
@@ -155,13 +159,9 @@ async def _collect(receive: Receive, bytes_max: int) -> bytes:
         if size > bytes_max:
             raise too_large(bytes_max)
         chunks.append(chunk)
+        digest.update(chunk)
         more = message.get("more_body", False)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def body_hash(body: bytes) -> bytes:
-    """The SHA-256 of a request body, as vouchers bind it."""
-    return hashlib.sha256(body).digest()
+    return b"".join(chunks), digest.digest()
 
 
 def too_large(bytes_max: int) -> Refused:

@@ -38,10 +38,10 @@ class Quota:
         self._per_minute = per_minute
         self._minutes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
 
-    def spend(self, session: bytes, now: float) -> None:
-        """Counts one."""
-        minute, count = self._current(session, now)
-        self._minutes[session] = (minute, count + 1)
+    def spend(self, session: bytes, now: float, count: int = 1) -> None:
+        """Counts one; -1 gives one back."""
+        minute, before = self._current(session, now)
+        self._minutes[session] = (minute, before + count)
         self._minutes.move_to_end(session)
         if len(self._minutes) > QUOTA_SESSIONS_MAX:
             self._minutes.popitem(last=False)
@@ -81,7 +81,7 @@ class Service:
         """What bears on admission besides the rows; called inside the write transaction."""
         return Standing(
             throttled=self.quota.exhausted(session, self.clock()),
-            escrow_away=self.link.away,
+            escrow_away=self.link.away or self.redeemer.failing,
             clock_off=self.link.clock_off,
             unredeemed=unredeemed,
             unredeemed_max=self.unredeemed_max,
@@ -104,6 +104,9 @@ class Service:
             raise
         if settled.charge == 0:
             self.quota.spend(admitted.session, self.clock())
+        elif begun:
+            # The answer went out without its figure: the buyer has to ask for it.
+            self.quota.spend(admitted.session, self.clock(), -1)
         if self.journal.unredeemed * 2 > self.unredeemed_max:
             self.redeemer.nudge()
         return settled

@@ -55,8 +55,7 @@ class PaidVisit:
         bytes_max = self.served.route.options.body_bytes_max
         request.check_length(self.scope, bytes_max)
         if claim.binding == BIND_BODY:
-            body = await request.read_body(self.receive, bytes_max)
-            body_hash = request.body_hash(body)
+            body, body_hash = await request.read_body(self.receive, bytes_max)
             self.receive = request.replay_body(body, self.receive)
         gate.bind(
             claim,

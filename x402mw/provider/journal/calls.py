@@ -8,6 +8,7 @@ Each takes a transaction and judges by the rows it reads there, never by memory 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from x402mw.core import gate, pricing, sessions
 from x402mw.core.amounts import ZERO, Atomic
@@ -114,13 +115,8 @@ def _reserve(
     transaction: Transaction, claim: gate.Claim, row: SessionRow, account: Account
 ) -> None:
     best = account.best > row.account.best
-    transaction.put_session(
-        replace(
-            seen(row, claim),
-            account=account,
-            voucher=claim.signed.raw + claim.signed.signature if best else row.voucher,
-        )
-    )
+    voucher = claim.signed.raw + claim.signed.signature if best else row.voucher
+    transaction.put_session(seen(row, claim, account=account, voucher=voucher))
     transaction.put_call(
         CallRow(
             session=claim.session,
@@ -134,12 +130,13 @@ def _reserve(
     )
 
 
-def seen(row: SessionRow, claim: gate.Claim) -> SessionRow:
-    """Takes from a token what only ever grows."""
+def seen(row: SessionRow, claim: gate.Claim, **changes: Any) -> SessionRow:
+    """Takes from a token what only ever grows, and makes other `changes`."""
     return replace(
         row,
         claim_until=max(row.claim_until, claim.token.claim_until),
         released=max(row.released, claim.token.released),
+        **changes,
     )
 
 
@@ -231,9 +228,9 @@ def _settled(transaction: Transaction, call: Admitted) -> Settled:
 
 def begin_close(transaction: Transaction, claim: gate.Claim) -> SessionView:
     """Lets a session admit nothing more, also one that was never used here."""
-    row = seen(transaction.session(claim.session) or first_seen(claim), claim)
+    row = transaction.session(claim.session) or first_seen(claim)
     account = sessions.move(row.account, SessionEvent.CLOSE)
-    transaction.put_session(replace(row, account=account))
+    transaction.put_session(seen(row, claim, account=account))
     return view(transaction, claim.session)
 
 

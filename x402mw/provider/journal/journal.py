@@ -34,6 +34,7 @@ from x402mw.provider.journal.writer import Operation, Result, Writer
 
 OUTCOME_BYTES_MAX = 256 * 1024 * 1024
 CHANGES_CURSOR = "changes_cursor"
+VOID_RETRY_SECONDS = 1.0
 
 log = logging.getLogger("x402mw.provider.journal")
 
@@ -189,7 +190,15 @@ class Journal:
             return
         admitted = future.result()
         if isinstance(admitted, Admitted) and not self._writer.stopped:
-            self._writer.submit(partial(calls.settle, call=admitted, used=None, outcome=None))
+            void = partial(calls.settle, call=admitted, used=None, outcome=None)
+            self._writer.submit(void).add_done_callback(partial(self._void_again, future))
+
+    def _void_again(
+        self, admission: asyncio.Future[Admitted | gate.Outcome], voiding: asyncio.Future[Settled]
+    ) -> None:
+        """Goes on trying while the journal cannot write: nothing else would free this call."""
+        if voiding.exception() is not None:
+            voiding.get_loop().call_later(VOID_RETRY_SECONDS, self._void, admission)
 
     async def start(self, call: Admitted, mark: Atomic) -> None:
         """Notes durably that the answer begins: from now on a crash charges at least `mark`."""

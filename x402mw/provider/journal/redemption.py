@@ -123,13 +123,16 @@ def apply_reports(transaction: Transaction, reports: Iterable[Report], journal: 
 
 
 def _reported(row: SessionRow, report: Report) -> SessionRow:
+    before = row.paid
     row = replace(
         row,
         redeemed=max(row.redeemed, report.redeemed),
         released=max(row.released, report.released),
         claim_until=max(row.claim_until, report.claim_until),
-        owed_since=None,
     )
+    if row.paid > before:
+        # What is still owed was earned later; its age counts from now.
+        row = replace(row, owed_since=None)
     if row.account.charged <= row.paid:
         row = replace(row, written_off=None)
     elif report.ended:
