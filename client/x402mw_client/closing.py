@@ -20,6 +20,7 @@ from x402mw.core.errors import (
     TokenRefused,
     X402mwError,
 )
+from x402mw.core.keys import public_key
 from x402mw.core.strict import loads_object
 from x402mw.core.terms import control_terms, write_requirements
 from x402mw.core.tokens import open_receipt
@@ -208,11 +209,14 @@ def _final_charge(wallet: WalletState, session: Session, answer: httpx.Response)
 
 def close_lost(wallet: WalletState) -> Story[int]:
     """Closes open sessions whose keys this wallet does not have; returns how many."""
+    # What is being opened has its key on file already, and its session soon.
+    begun = {public_key(opening.seed) for opening in wallet.purse.openings.values()}
     after, closed = None, 0
     while True:
         page = yield Ask(operations.list_escrows(role="buyer", after=after))
         for record in page.items:
-            if record.session_key is not None and record.status in LIVE:
+            ours = record.session_key is None or record.session_key in begun
+            if not ours and record.status in LIVE:
                 closed += yield from _close_lost(wallet, record)
         after = page.next
         if after is None:

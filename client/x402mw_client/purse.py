@@ -6,6 +6,7 @@
 """
 
 import logging
+import os
 import secrets
 import sqlite3
 import threading
@@ -13,11 +14,7 @@ from collections.abc import Callable, Iterable
 
 from x402mw.core import headers
 from x402mw.core.amounts import Atomic, display
-from x402mw.core.errors import (
-    AccountsDiffer,
-    LocalError,
-    Malformed,
-)
+from x402mw.core.errors import AccountsDiffer, ConfigurationError, LocalError, Malformed
 from x402mw.core.keys import public_key
 from x402mw.core.messages import EscrowPayload, PaymentPayload
 from x402mw.core.vouchers import (
@@ -71,6 +68,7 @@ class Purse:
         self.memory = memory
         self.clock = clock
         self.on_payment = on_payment
+        self._process = os.getpid()
         self.signal = Signal()
         self.lock = threading.RLock()
         self.sessions: dict[bytes, Session] = {}
@@ -121,6 +119,7 @@ class Purse:
 
         Raises `LimitExceeded`, `AccountsDiffer`, or `Stale` when cover or another session is due.
         """
+        self._check_process()
         with self.lock:
             held = session.held_by(call)
             more = max(0, offer.terms.amount - held)
@@ -152,6 +151,11 @@ class Purse:
             raise LocalError(f"the wallet file cannot be written: {error}") from None
         call.forms.append(form)
         return call, form
+
+    def _check_process(self) -> None:
+        # A forked copy would spend every limit a second time, and sign from the same memory.
+        if os.getpid() != self._process:
+            raise ConfigurationError("this wallet belongs to another process: open one in each")
 
     def sign_control(self, session: Session, offer: Offer, subject: Subject) -> str:
         """Signs a control request: a voucher for nothing, under the total as it stands."""
@@ -249,6 +253,7 @@ class Purse:
 
     def begin(self, opening: Opening) -> None:
         """Remembers an opening; what cannot be remembered is not sent."""
+        self._check_process()
         with self.lock:
             try:
                 self.memory.begin(opening)
@@ -260,7 +265,10 @@ class Purse:
         """Forgets an opening that the escrow refused."""
         with self.lock:
             self.openings.pop(opening.pays_for, None)
-            self.memory.drop(opening)
+            try:
+                self.memory.drop(opening)
+            except sqlite3.Error:
+                log.exception("the wallet file cannot be written; it shows an opening too many")
 
     def add(self, session: Session, opening: Opening) -> Session:
         """Takes up the session that an opening led to, once; returns it."""

@@ -17,6 +17,7 @@ from x402mw.core.errors import (
     EscrowRefused,
     EscrowUnavailable,
     LimitExceeded,
+    LocalError,
     TokenRefused,
 )
 from x402mw.core.keys import public_key
@@ -106,22 +107,34 @@ def _target(wallet: WalletState, offer: Offer) -> Atomic:
 
 def _open(wallet: WalletState, origin: str, offer: Offer) -> Story[Session]:
     begun = wallet.purse.openings.get(session_key(origin, offer.terms))
-    if begun is not None:
-        try:
-            return (yield from _finish(wallet, begun))
-        except EscrowRefused:
-            if begun.pays_for in wallet.purse.openings:
-                raise
+    found = (yield from _find(wallet, begun)) if begun is not None else None
+    if found is not None:
+        return found
     target = _target(wallet, offer)
-    opening = _opening(wallet, origin, offer, target, target)
     try:
-        return (yield from _finish(wallet, opening))
+        opening = _opening(wallet, origin, offer, target, target)
+        session = yield from _finish(wallet, opening)
     except EscrowRefused as error:
         # A smaller deposit is better than none, if it covers a call at all.
         balance = _balance(error)
         if not max(offer.terms.amount, wallet.min_escrow) <= balance < target:
             raise
-    return (yield from _finish(wallet, _opening(wallet, origin, offer, balance, target)))
+        opening = _opening(wallet, origin, offer, balance, target)
+        session = yield from _finish(wallet, opening)
+    if not session.takes_calls(wallet.clock()):
+        raise LocalError("a new session is over already: is this machine's clock right?")
+    return session
+
+
+def _find(wallet: WalletState, begun: Opening) -> Story[Session | None]:
+    """Finishes an opening that was cut off; None if it came to nothing, or is over by now."""
+    try:
+        session = yield from _finish(wallet, begun)
+    except EscrowRefused:
+        if begun.pays_for in wallet.purse.openings:
+            raise
+        return None
+    return session if session.takes_calls(wallet.clock()) else None
 
 
 def _opening(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.client.scripted import ORIGIN
 from tests.client.world import World
-from x402mw.core.errors import LimitExceeded
+from x402mw.core.errors import ConfigurationError, LimitExceeded
 from x402mw_client import Limits, PaymentTransport, SyncPaymentTransport
 
 pytestmark = pytest.mark.anyio
@@ -87,6 +87,17 @@ async def test_a_timeout_around_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nothing_left(world)
     assert (await world.get("/item/a")).status_code == 200
     assert len(world.escrow.sessions) == 1
+
+
+async def test_a_forked_process_signs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of a wallet in another process would spend every limit a second time."""
+    world = World("async")
+    await world.get("/item/a")
+    with monkeypatch.context() as forked:
+        forked.setattr("os.getpid", lambda: 1)
+        with pytest.raises(ConfigurationError, match="process"):
+            await world.get("/item/a")
+    assert (await world.get("/item/a")).text == "ran 2"
 
 
 def test_threads_and_a_loop_share_one_wallet() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.client.scripted import Clock
 from tests.client.world import World
 from x402mw.core.errors import EscrowRefused, EscrowUnavailable, LocalError
 from x402mw_client.sessions import State
@@ -137,6 +138,42 @@ async def test_a_refusal_ends_an_opening(world: World, path: Path) -> None:
         await world.get("/item/a")
     restart(world, path)
     assert (await world.get("/item/a")).text == "ran 1"
+    assert len(world.escrow.sessions) == 1
+
+
+async def test_a_refusal_is_told_with_the_disk_full(
+    world: World, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be forgotten in the file does not hide what the escrow said."""
+    world.connect(path=path)
+    world.escrow.balance = 5000
+
+    def full(*given: Any) -> None:
+        raise sqlite3.OperationalError("disk full")
+
+    monkeypatch.setattr(world.wallet._memory, "drop", full)
+    with pytest.raises(EscrowRefused):
+        await world.get("/item/a")
+
+
+async def test_an_opening_is_not_a_lost_session(world: World, path: Path) -> None:
+    """Closing lost sessions spares one whose key is on file, or is about to be."""
+    world.connect(path=path)
+    await lose_an_opening(world)
+    wallet = world.wallet
+    if world.kind == "async":
+        assert await wallet.close_lost_sessions() == 0
+    else:
+        assert wallet.close_lost_sessions_sync() == 0
+    assert (await world.get("/item/a")).text == "ran 1"
+    assert len(world.escrow.sessions) == 1
+
+
+async def test_clocks_that_differ_lock_no_pile_of_deposits(world: World) -> None:
+    """A session that is over as soon as it is opened is not followed by another one."""
+    world.escrow.clock = Clock(world.clock.now - 3100)
+    with pytest.raises(LocalError, match="clock"):
+        await world.get("/item/a")
     assert len(world.escrow.sessions) == 1
 
 
