@@ -236,6 +236,18 @@ def test_money_needs_a_database_that_lasts(text: str) -> None:
         database.database_file(text)
 
 
+def modes(folder: Path) -> dict[str, int]:
+    """Who may do what with each file of a folder."""
+    return {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+
+
+async def test_only_the_operator_reads_the_books(tmp_path: Path) -> None:
+    """Security: a database file made here, and what SQLite keeps beside it, is not for others."""
+    async with market(tmp_path):
+        found = modes(tmp_path)
+    assert found == {"escrow.db": 0o600, "escrow.db-wal": 0o600, "escrow.db-shm": 0o600}
+
+
 async def test_what_the_database_objects_to_shows_no_values(tmp_path: Path) -> None:
     """Security: an error of the database in a log holds none of the values it was given."""
     engine = database.open_engine(str(tmp_path / "escrow.db"))

@@ -53,11 +53,15 @@ def database_file(url: str) -> Path | None:
 
 
 def open_engine(url: str) -> AsyncEngine:
-    """Makes the engine; nothing is connected yet. The caller disposes of it."""
+    """Makes the engine, and an empty file if there is none. The caller disposes of it."""
     # What people wrote and what they own is in the values, and must not reach a log.
     options: dict[str, Any] = {"hide_parameters": True}
     options |= {"pool_size": CONNECTIONS_MAX, "max_overflow": 0}
-    if database_file(url) is not None:
+    file = database_file(url)
+    if file is not None:
+        if not file.exists():
+            # SQLite would let everyone on the machine read who pays whom.
+            file.touch(mode=0o600)
         engine = create_async_engine(normal_url(url), **options)
         _prepare_sqlite(engine.sync_engine)
         return engine
