@@ -26,7 +26,9 @@ class PaymentTransport(httpx.AsyncBaseTransport):
 
     `httpx.AsyncClient(transport=PaymentTransport(wallet))`. When it is closed it closes the
     wallet's sessions, so that their rest returns, unless `keep_sessions`. `inner` must not retry by
-    itself. The cost of a call is in `response.extensions["x402mw_payment"]`. For asyncio.
+    itself; the default one uses no proxy of the environment. The cost of a call is in
+    `response.extensions["x402mw_payment"]` (`Paid`), of a streamed one once its body has ended. For
+    asyncio.
     """
 
     def __init__(
