@@ -36,6 +36,7 @@ log = logging.getLogger("x402mw.client")
 
 CLOSE_SECONDS = 5.0
 DOUBTS_AT_ONCE, DOUBTS_SECONDS = 16, 10.0
+QUIET_SECONDS = 60.0
 LEARN_PAUSES = (0.0, 0.25)
 """The provider may need a moment to notice that an answer was cut short."""
 LIVE = ("locked", "partially_released")
@@ -60,7 +61,7 @@ def resolve_doubts(wallet: WalletState, now: float) -> Story[int]:
     A caller waits for this, so it takes a bounded time; who was asked last is asked last again.
     """
     known = 0
-    for session in sorted(wallet.purse.sessions.values(), key=lambda found: found.asked_until):
+    for session in sorted(wallet.purse.sessions.values(), key=lambda found: found.asked_at):
         for call in session.doubts()[:DOUBTS_AT_ONCE]:
             if wallet.clock() > now + DOUBTS_SECONDS:
                 return known
@@ -77,8 +78,14 @@ def resolve(wallet: WalletState, call: Call, now: float) -> Story[bool]:
     A call that is still unknown is freed only when no form of it can be admitted any more *and*
     somebody answered: silence proves nothing.
     """
-    call.session.asked(now)
-    answer = yield from control(wallet, call.session, {"op": "receipt", "seq": str(call.seq)})
+    session = call.session
+    if now < session.ask_after:
+        return False
+    session.asked_at = now
+    answer = yield from control(wallet, session, {"op": "receipt", "seq": str(call.seq)})
+    if answer.status_code == httpx.codes.TOO_MANY_REQUESTS:
+        # Who asks too often may find its calls refused as well.
+        session.ask_after = now + retry_after(answer, QUIET_SECONDS)
     word = _read_receipt_word(answer, call.seq)
     if word is not None and word.final:
         wallet.purse.settle(call, word.charge, word)
@@ -99,8 +106,6 @@ def learn_charge(wallet: WalletState, call: Call) -> Story[None]:
         for pause in LEARN_PAUSES:
             if pause:
                 yield Sleep(pause)
-            if not call.session.may_ask(wallet.clock()):
-                return
             if call.charge is not None or (yield from resolve(wallet, call, wallet.clock())):
                 return
     except (httpx.HTTPError, X402mwError) as error:

@@ -25,8 +25,6 @@ LAST_SECONDS = 600
 """A session takes no new calls this long before it ends at the escrow."""
 RENEW_SECONDS = 180
 """A token is renewed this long before it expires."""
-ASKS_AT_ONCE, ASK_SECONDS = 20, 3.0
-"""How many questions may be asked in a row, and how long (seconds) each takes to be forgotten."""
 
 
 _peek = lru_cache(maxsize=256)(peek_session_token)
@@ -148,7 +146,8 @@ class Session:
     proven: bool = True
     topup_after: float = 0.0
     renew_after: float = 0.0
-    asked_until: float = 0.0
+    asked_at: float = 0.0
+    ask_after: float = 0.0
 
     @cached_property
     def secret(self) -> bytes:
@@ -189,17 +188,6 @@ class Session:
     def takes_calls(self, now: float) -> bool:
         """Whether a new call may be signed in this session."""
         return self.state is State.OPEN and now < self.expires_at - LAST_SECONDS
-
-    def asked(self, now: float) -> None:
-        """Counts one question to the provider's control path."""
-        self.asked_until = max(self.asked_until, now) + ASK_SECONDS
-
-    def may_ask(self, now: float) -> bool:
-        """Whether one more question is not too many.
-
-        Providers limit them (60 a minute), and refuse calls as well when they were too many.
-        """
-        return self.asked_until <= now + ASK_SECONDS * (ASKS_AT_ONCE - 1)
 
     def held_by(self, call: Call | None) -> int:
         """What a call holds now."""

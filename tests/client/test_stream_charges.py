@@ -139,16 +139,17 @@ async def test_a_question_that_fails_is_silent(world: World, notes: list[str], c
     assert world.money() == (0, 1000)
 
 
-async def test_questions_are_rationed(world: World, notes: list[str]) -> None:
-    """A provider that limits control calls would refuse paid ones too: some holds wait instead."""
-    world.connect(replace(LIMITS, max_open="1.00"))
-    for _ in range(30):
+async def test_who_asked_too_often_is_quiet(world: World, notes: list[str]) -> None:
+    """After a 429 nothing is asked for as long as it says; what is held by then is learnt later."""
+    world.connect(replace(LIMITS, total="0.0045"))
+    world.provider.control_script = [world.provider.answer(429, Retry_After="30")]
+    for _ in range(4):
         await world.get("/item/a")
-    assert notes.count("asked") == 20
-    assert world.money() == (20 * 300, 10 * 1000)
-    world.clock.now += 3
+    assert (notes.count("asked"), world.money()) == (0, (0, 4000))
+    assert not world.provider.control_script
+    world.clock.now += 30
     await world.get("/item/a")
-    assert notes.count("asked") == 21
+    assert world.money() == (5 * 300, 0)
 
 
 async def test_whoever_was_cancelled_is_not_kept_waiting() -> None:

@@ -80,6 +80,16 @@ async def test_a_stream_costs_what_it_gave(market: Market) -> None:
         assert 300 * 100 < wallet.spent <= 1200 * 100
 
 
+async def test_asking_for_each_stream_is_not_asking_too_much(market: Market) -> None:
+    """However many streams a session pays for in a minute, each figure is learnt at once."""
+    wallet = wallet_for(market)
+    async with httpx.AsyncClient(transport=PaymentTransport(wallet)) as http:
+        for number in range(80):
+            answer = await http.get(f"{market.shop.url}/stream/2")
+            assert answer.extensions["x402mw_payment"].charge == 200, number
+        assert wallet.spent == 80 * 200
+
+
 async def test_a_failing_handler_costs_nothing(market: Market) -> None:
     """A handler that raises answers 500, and the buyer pays nothing."""
     wallet = wallet_for(market)
