@@ -105,7 +105,7 @@ async def test_a_forgotten_voucher_stays_unusable(journal: Journal, clock: Clock
     clock.now = NOW
     with pytest.raises(Refused) as refused:
         await admit(journal, claim(1))
-    assert (refused.value.reason, refused.value.final) == ("voucher_expires", True)
+    assert (refused.value.status, refused.value.reason) == (410, "forgotten")
     await admitted(journal, claim(2, expires=(NOW + 301) * 1000))
 
 

@@ -106,8 +106,7 @@ class PaidCall:
     async def _on_start(self, message: Message) -> None:
         if self.started:
             raise RuntimeError("an answer begins only once")
-        # Fields may come as a generator, and are read more than once here.
-        self.start = message = {**message, "headers": list(message.get("headers", ()))}
+        self.start = message = {**message, "headers": _clean_headers(message)}
         self.held.clear()
         status = message["status"]
         self.charged = self.served.route.charges(status)
@@ -190,7 +189,7 @@ class PaidCall:
             return None
         kept = tuple(
             (bytes(name), bytes(value))
-            for name, value in self._clean_headers(self.start)
+            for name, value in self.start["headers"]
             if name.lower() != b"set-cookie"
         )
         return Outcome(self.start["status"], kept, body, self.credentials)
@@ -226,7 +225,7 @@ class PaidCall:
         if self.start is None:
             return
         self.started = True
-        found = [*self._clean_headers(self.start), self._payment_response()]
+        found = [*self.start["headers"], self._payment_response()]
         await self.send(
             {"type": "http.response.start", "status": self.start["status"], "headers": found}
         )
@@ -250,19 +249,6 @@ class PaidCall:
         detail += "; nothing was charged"
         await answers.send_problem(self.scope, self.send, status, code, detail, found=found)
 
-    def _clean_headers(self, message: Message) -> Headers:
-        """The app's headers, without payment headers of its own and without public caching."""
-        found: Headers = []
-        cache: list[bytes] = []
-        for name, value in message.get("headers", ()):
-            lowered = name.lower()
-            if lowered == b"cache-control":
-                cache.append(value)
-            elif lowered not in _OURS and not lowered.endswith(_SHARED_CACHES):
-                found.append((name, value))
-        found.append((b"cache-control", private_cache(cache)))
-        return found
-
     def _payment_response(self) -> tuple[bytes, bytes]:
         claim, settled = self.claim, self.settled
         pending = "open" if self.started else "running"
@@ -277,6 +263,20 @@ class PaidCall:
             open_total=settled.open_total if settled else None,
         )
         return answers.payment_response(self.service.book, figures)
+
+
+def _clean_headers(message: Message) -> Headers:
+    """The app's headers, without payment headers of its own and without public caching."""
+    found: Headers = []
+    cache: list[bytes] = []
+    for name, value in message.get("headers", ()):
+        lowered = name.lower()
+        if lowered == b"cache-control":
+            cache.append(value)
+        elif lowered not in _OURS and not lowered.endswith(_SHARED_CACHES):
+            found.append((name, value))
+    found.append((b"cache-control", private_cache(cache)))
+    return found
 
 
 def private_cache(values: list[Any]) -> bytes:

@@ -87,10 +87,12 @@ def admit(
 
 
 def _check_forgotten(transaction: Transaction, claim: gate.Claim) -> None:
-    """Refuses a voucher whose row may have been pruned, should the clock have gone back since."""
-    if forget_at(claim) <= transaction.totals.forgotten_until:
-        refusal = gate.refused(claim, 402, "voucher_expires", "the voucher has expired")
-        refusal.final = True
+    """Refuses a voucher whose row may have been pruned, also if the clock has gone back since.
+
+    Not with 402: its buyer would sign anew, and what was executed would run a second time.
+    """
+    if forget_at(claim) <= max(transaction.now, transaction.totals.forgotten_until):
+        refusal = gate.refused(claim, 410, "forgotten", "what became of this voucher is forgotten")
         refusal.more = {"serverTime": int(transaction.now)}
         raise refusal
 
