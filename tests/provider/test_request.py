@@ -94,6 +94,8 @@ def test_a_host_that_is_not_ours(host):
         ("/api/q", {"root_path": "/api"}, "", "/q"),
         ("/api/q", {"root_path": "/api"}, "/v1", "/v1/q"),
         ("/q", {"root_path": "/api"}, "", "/q"),
+        ("/apiq", {"root_path": "/api"}, "", "/apiq"),
+        ("/api/q", {"root_path": "/api/"}, "", "/api/q"),
         ("/q x", {"raw_path": None}, "", "/q%20x"),
         ("/q?a", {"raw_path": b"/q?a"}, "", "/q?a"),
     ],

@@ -130,7 +130,9 @@ class Redeemer:
     async def _round(self) -> None:
         if not self._met or _now() - self._contact_at >= self._contact_seconds:
             await self.contact()
-        rule = EVERYTHING if self._nudged.is_set() else self._rule
+        # By a wrong clock nothing can be told to be due.
+        all_of_it = self._nudged.is_set() or self._link.clock_off
+        rule = EVERYTHING if all_of_it else self._rule
         self._nudged.clear()
         await self._send(await self._journal.due(rule, ITEMS_MAX))
 

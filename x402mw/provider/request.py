@@ -79,19 +79,20 @@ def normal_origin(text: str) -> str:
 
 def route_path(scope: Scope) -> str:
     """The decoded path as the app's router sees it: without the server's root path."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
-    if root and (path == root or path.startswith(root + "/")):
-        return path[len(root) :]
-    return path
+    return _without_root(str(scope["path"]), str(scope.get("root_path", "")))
+
+
+def _without_root(path: str, root: str) -> str:
+    inside = root and (path == root or path.startswith(root + "/"))
+    return path[len(root) :] if inside else path
 
 
 def target(scope: Scope, path_prefix: str) -> str:
     """The path and query as the buyer sent them: what its voucher is signed for."""
     raw = scope.get("raw_path")
     path = raw.decode("latin-1") if raw else quote(str(scope["path"]), safe="/%:@!$&'()*+,;=~")
-    path = path.partition("?")[0]
-    if scope.get("root_path"):
-        path = path.removeprefix(quote(str(scope["root_path"]), safe="/%:@!$&'()*+,;=~"))
+    root = quote(str(scope.get("root_path", "")), safe="/%:@!$&'()*+,;=~")
+    path = _without_root(path.partition("?")[0], root)
     query = scope.get("query_string", b"").decode("latin-1")
     return path_prefix + path + (f"?{query}" if query else "")
 
