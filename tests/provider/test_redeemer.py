@@ -1,74 +1,24 @@
 """Redeeming: everything owed is handed in, whatever the escrow does meanwhile, and never twice."""
 
-import asyncio
-import itertools
-import shutil
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
-from tests.provider.journals import Clock, admit, admitted, claim, session_id
+from tests.provider.journals import Clock, admitted, session_id
+from tests.provider.redeeming import A, B, C, Shop, amounts, open_shop, until
 from tests.provider.scripted_escrow import Held, ScriptedEscrow
 from tests.support.payments import NOW, TOKEN
 from x402mw.core.amounts import Atomic, display
 from x402mw.core.errors import EscrowRefused, EscrowUnavailable
-from x402mw.core.gate import Claim, Refused
-from x402mw.core.ids import JOURNAL, format_id
+from x402mw.core.gate import Refused
 from x402mw.core.sessions import SessionState
-from x402mw.provider.journal import Journal, JournalUnavailable
 from x402mw.provider.journal.redemption import REST_SECONDS
-from x402mw.provider.link import EscrowLink
-from x402mw.provider.redeemer import Redeemer
 from x402mw_client import operations
 
 pytestmark = pytest.mark.anyio
-
-SEQS = itertools.count(1)
-A, B, C = (session_id(number) for number in (1, 2, 3))
-
-
-@dataclass
-class Shop:
-    """A provider as far as redeeming is concerned. One call costs 1000."""
-
-    journal: Journal
-    link: EscrowLink
-    redeemer: Redeemer
-    escrow: ScriptedEscrow
-    clock: Clock
-
-    def claim(self, session: bytes, **changes: Any) -> Claim:
-        """The next claim on a session."""
-        token = replace(TOKEN, journal=self.journal.journal_id)
-        return claim(next(SEQS), session=session, token=token, **changes)
-
-    async def sell(self, session: bytes, calls: int = 1) -> None:
-        """Charges some calls."""
-        for _ in range(calls):
-            call = await admitted(self.journal, self.claim(session))
-            await self.journal.settle(call, used=0, outcome=None)
-
-    async def stop(self) -> None:
-        """Ends everything but the task, as a killed process would."""
-        await self.link.stop()
-        self.journal.close()
-
-
-async def open_shop(path: Path, escrow: ScriptedEscrow, clock: Clock, **changes: Any) -> Shop:
-    """Opens the shop; its redeemer's task is not started."""
-    journal = Journal.open(str(path), clock=clock)
-    link = EscrowLink(journal, escrow.client(), clock=clock)
-    # The tests move our clock; theirs would stay, and ours count as wrong.
-    escrow.date = None
-    await link.start()
-    redeemer = Redeemer(
-        journal, link, **{"contact_seconds": 0.0, "round_seconds": 0.01, "by_age": 5, **changes}
-    )
-    return Shop(journal, link, redeemer, escrow, clock)
 
 
 @pytest.fixture(autouse=True)
@@ -90,20 +40,6 @@ async def shop(path: Path) -> AsyncIterator[Shop]:
     yield opened
     await opened.redeemer.stop()
     await opened.stop()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Waits until a condition holds."""
-    with anyio.fail_after(10):
-        while not condition():
-            # What is waited for happens in a task of its own and has no event.
-            with anyio.move_on_after(0.005):
-                await anyio.sleep_forever()
-
-
-def amounts(escrow: ScriptedEscrow) -> list[list[str]]:
-    """The amounts of each redemption that reached the escrow."""
-    return [[item["amount"] for item in body["items"]] for body in escrow.asked("redeem")]
 
 
 # When.
@@ -461,93 +397,7 @@ async def test_changes_that_run_backwards_are_garbage(shop: Shop) -> None:
     assert shop.journal.changes_cursor == 1
 
 
-# Restored backups.
-
-
-async def restored(path: Path, *, redeem: bool) -> Shop:
-    """A shop whose journal was copied, used further, and then replaced by the copy."""
-    escrow, clock = ScriptedEscrow(), Clock()
-    shop = await open_shop(path, escrow, clock)
-    await shop.sell(A)
-    await shop.stop()
-    shutil.copy(path, path.with_suffix(".backup"))
-    shop = await open_shop(path, escrow, clock)
-    await shop.sell(A, 5)
-    await shop.redeemer.contact()
-    # The serial shows at the second contact what the first one could not know.
-    await shop.redeemer.contact()
-    if redeem:
-        await shop.redeemer.redeem_all()
-    await shop.stop()
-    shutil.copy(path.with_suffix(".backup"), path)
-    return await open_shop(path, escrow, clock)
-
-
-@pytest.mark.parametrize("redeem", [False, True])
-async def test_restored_backup(path: Path, redeem: bool) -> None:
-    """A restored backup takes a new id, admits nothing for old sessions, redeems what it has."""
-    shop = await restored(path, redeem=redeem)
-    before, heard = shop.journal.journal_id, asyncio.Event()
-    old_claim = shop.claim(A)
-
-    async def on_replaced() -> None:
-        assert shop.journal.journal_id != before
-        heard.set()
-
-    await shop.redeemer.start(on_replaced=on_replaced)
-    assert heard.is_set()
-    assert shop.journal.replaced == {before}
-    assert format_id(JOURNAL, shop.journal.journal_id) in shop.escrow.serials
-    with pytest.raises(Refused) as refused:
-        await admit(shop.journal, old_claim)
-    assert (refused.value.status, refused.value.reason) == (409, "journal_replaced")
-    await shop.sell(B)
-    await shop.redeemer.stop()
-    redeemed = {body["journal"]: body for body in shop.escrow.asked("redeem")[redeem:]}
-    assert shop.escrow.sessions[B].redeemed == 1000
-    assert shop.escrow.sessions[A].redeemed == (6000 if redeem else 1000)
-    assert format_id(JOURNAL, shop.journal.journal_id) in redeemed
-    assert shop.journal.unredeemed == 0
-    identity = shop.journal.journal_id
-    await shop.stop()
-    again = await open_shop(path, shop.escrow, shop.clock)
-    await again.redeemer.contact()
-    assert (again.journal.journal_id, again.journal.replaced) == (identity, {before})
-    await again.stop()
-
-
-async def test_a_verdict_beyond_what_was_sent_shows_a_backup(shop: Shop) -> None:
-    """If the escrow took more than this journal ever sent, the journal is a restored backup."""
-    await shop.redeemer.contact()
-    await shop.sell(A)
-    shop.escrow.sessions[A] = Held(redeemed=5000, released=5000)
-    before = shop.journal.journal_id
-    await shop.redeemer.redeem_all()
-    assert shop.journal.replaced == {before}
-
-
-async def test_a_session_never_seen_here_shows_a_backup(shop: Shop) -> None:
-    """A session of this journal that was redeemed, but has no row here, was forgotten."""
-    shop.escrow.change(A, redeemed=1, released=1)
-    before = shop.journal.journal_id
-    await shop.redeemer.contact()
-    assert shop.journal.replaced == {before}
-    shop.escrow.change(B, released=5)
-    await shop.redeemer.contact()
-    assert shop.journal.replaced == {before}
-
-
-async def test_registration_is_made_up_for(shop: Shop) -> None:
-    """If the escrow goes away just as the journal takes a new id, it is registered later."""
-    await shop.redeemer.contact()
-    await shop.journal.replace_identity()
-    shop.escrow.sessions.clear()
-    shop.escrow.down = True
-    with pytest.raises(EscrowUnavailable):
-        await shop.redeemer.contact()
-    shop.escrow.down = False
-    await shop.redeemer.contact()
-    assert format_id(JOURNAL, shop.journal.journal_id) in shop.escrow.serials
+# The task.
 
 
 async def test_the_task_outlives_its_own_mistakes(
@@ -575,22 +425,6 @@ async def test_a_long_outage_does_not_end_the_task(shop: Shop) -> None:
     shop.redeemer._round_seconds = 1e-9
     with anyio.fail_after(1):
         await shop.redeemer._pause()
-
-
-async def test_the_new_id_is_told_until_it_is_heard(shop: Shop) -> None:
-    """If offers cannot be made anew when the journal is replaced, that is tried again."""
-    heard: list[bytes] = []
-
-    async def on_replaced() -> None:
-        heard.append(shop.journal.journal_id)
-        if len(heard) == 1:
-            raise JournalUnavailable("full")
-
-    await shop.redeemer.start(on_replaced=on_replaced)
-    shop.escrow.change(A, redeemed=1, released=1)
-    await until(lambda: len(heard) == 2)
-    await until(lambda: not shop.redeemer._untold)
-    assert heard == [shop.journal.journal_id] * 2
 
 
 async def test_starts_with_the_escrow_away(path: Path) -> None:
