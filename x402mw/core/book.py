@@ -39,6 +39,7 @@ class Book:
 class Standing:
     """What else bears on admission: the escrow's absence, our clock, and value not yet redeemed.
 
+    `escrow_away`: it cannot be reached, or takes no redemptions.
     `throttled`: the session has had its share of calls that cost nothing, for this minute.
     """
 

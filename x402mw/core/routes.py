@@ -109,7 +109,8 @@ def parse_route(text: str) -> tuple[str, str]:
     """Splits `"GET /quote/{symbol}"`; HEAD is GET. Raises `ConfigurationError`."""
     method, blank, template = text.partition(" ")
     if not blank or not _METHOD.fullmatch(method):
-        raise ConfigurationError(f'a route is written like "GET /quote/{{symbol}}", not {text[:80]!r}')
+        shown = text[:80]
+        raise ConfigurationError(f'a route is written like "GET /quote/{{symbol}}", not {shown!r}')
     compile_template(template)
     return priced_method(method), template
 
