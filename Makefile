@@ -25,7 +25,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 long: $(READY)
-	X402MW_LONG=1 $(BIN)/pytest -q -n 2
+	X402MW_LONG=1 $(BIN)/pytest -q -n 2 -o faulthandler_timeout=3600
 
 $(READY): pyproject.toml
 	@test -n "$(SYSTEM_PYTHON)" || { echo "x402mw needs Python 3.11 or newer" >&2; exit 1; }
