@@ -16,6 +16,7 @@ from x402mw.core.errors import AmountInvalid, Malformed
 from x402mw.core.messages import SettlementResponse
 from x402mw.core.strict import loads_object
 
+SHORT_BYTES = 16 * 1024
 REASON_PREFIX = "invalid_batch_settlement_escrow_"
 RETRY_AFTER_MAX_SECONDS = 60.0
 
@@ -32,6 +33,7 @@ class Verdict(Enum):
     REJECTED = "refused for good: the answer goes to the caller"
     OTHER_FORM = "another voucher was admitted for this seq"
     GONE = "settled, but the answer is not kept or not for us"
+    FORGOTTEN = "too late: the provider no longer knows whether the call ran"
     REPLACED = "another journal answers for this provider now"
     FOREIGN = "not our provider's word: to the caller, and never sent again"
 
@@ -71,6 +73,7 @@ _WITH_WORD: Final = (
     _Row(Verdict.OTHER_FORM, reason="seq_used"),
     _Row(Verdict.GONE, reason="outcome_gone"),
     _Row(Verdict.GONE, reason="credentials"),
+    _Row(Verdict.FORGOTTEN, reason="forgotten"),
     _Row(Verdict.REPLACED, reason="journal_replaced"),
     _Row(Verdict.RUNNING, state="running"),
     _Row(Verdict.OPEN, state="open"),
@@ -117,6 +120,13 @@ def read_word(answer: httpx.Response | None, seq: int) -> Word | None:
 
 def _total(text: str | None) -> Atomic | None:
     return None if text is None else parse_atomic(text)
+
+
+def is_short(answer: httpx.Response) -> bool:
+    """Whether a paid answer is one that the provider keeps for retries: short, of known length."""
+    length = answer.headers.get("Content-Length", "")
+    known = headers.PAYMENT_RESPONSE in answer.headers and length.isdecimal()
+    return known and int(length) <= SHORT_BYTES
 
 
 def retry_after(answer: httpx.Response | None, otherwise: float) -> float:

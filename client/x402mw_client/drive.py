@@ -25,6 +25,7 @@ from x402mw_client.steps import (
     Sleep,
     Step,
     Story,
+    Take,
     Wait,
 )
 from x402mw_client.waiting import Signal
@@ -103,6 +104,8 @@ class AsyncDriver:
                 return await self._control(control_message(step))
             case Read(answer):
                 return await answer.aread()
+            case Take(answer):
+                return await _take_async(answer)
             case Discard(answer):
                 return await _read_async(answer)
             case After(answer, story):
@@ -160,6 +163,8 @@ class SyncDriver:
                 return _read(self._inner.handle_request(control_message(step)))
             case Read(answer):
                 return answer.read()
+            case Take(answer):
+                return _take(answer)
             case Discard(answer):
                 return _read(answer)
             case After(answer, story):
@@ -257,6 +262,27 @@ def control_message(step: Control) -> httpx.Request:
 
 
 # Bodies.
+
+
+async def _take_async(answer: httpx.Response) -> None:
+    """Takes the bytes of a body in; one that breaks off leaves an empty answer, and raises."""
+    stream, answer.stream = answer.stream, httpx.ByteStream(b"")
+    taken = bytearray()
+    try:
+        async for chunk in stream:  # type: ignore[union-attr]  # an async transport's
+            taken += chunk
+    finally:
+        await stream.aclose()  # type: ignore[union-attr]  # an async transport's
+    answer.stream = httpx.ByteStream(bytes(taken))
+
+
+def _take(answer: httpx.Response) -> None:
+    stream, answer.stream = answer.stream, httpx.ByteStream(b"")
+    try:
+        taken = b"".join(stream)  # type: ignore[arg-type]  # a sync transport's
+    finally:
+        stream.close()  # type: ignore[union-attr]  # a sync transport's
+    answer.stream = httpx.ByteStream(taken)
 
 
 async def _read_async(answer: httpx.Response) -> httpx.Response:

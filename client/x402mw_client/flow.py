@@ -29,7 +29,7 @@ from x402mw_client.offers import choose, names_escrow, read_accepts
 from x402mw_client.purse import Stale
 from x402mw_client.sessions import Call, Form, Offer, Session
 from x402mw_client.state import WalletState
-from x402mw_client.steps import After, Outgoing, Read, Send, Sleep, Story, Wait
+from x402mw_client.steps import After, Outgoing, Read, Send, Sleep, Story, Take, Wait
 from x402mw_client.upkeep import funded_session, renew_token, trust
 
 PROBE_SECONDS = 1.0
@@ -195,6 +195,9 @@ class Payment:
         self.sendings += 1
         try:
             answer: httpx.Response = yield Send(self.wallet.purse.header(call.session, form))
+            if self.request.replayable and answers.is_short(answer):
+                # One that breaks off in its body is as lost as one that never came.
+                yield Take(answer)
         except NOT_SENT:
             if self.sendings > 1:
                 return None
@@ -213,7 +216,9 @@ class Payment:
             return None
         if word is None:
             return (yield from self._foreign(call, answer))
-        if verdict in (Verdict.SETTLED, Verdict.OPEN, Verdict.REJECTED):
+        if verdict is Verdict.FORGOTTEN and self.lost:
+            raise self._unknown("the provider no longer knows what became of the call")
+        if verdict in (Verdict.SETTLED, Verdict.OPEN, Verdict.REJECTED, Verdict.FORGOTTEN):
             return (yield from self._deliver(verdict, call, answer, word))
         if verdict is Verdict.REPLACED:
             return (yield from self._replaced(call))
@@ -223,7 +228,7 @@ class Payment:
     def _deliver(
         self, verdict: Verdict, call: Call, answer: httpx.Response, word: Word
     ) -> Story[httpx.Response]:
-        if verdict is Verdict.REJECTED:
+        if verdict in (Verdict.REJECTED, Verdict.FORGOTTEN):
             self.wallet.purse.free(call)
             return answer
         answer.extensions[PAYMENT] = call.paid

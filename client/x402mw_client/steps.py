@@ -43,6 +43,13 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Take:
+    """Take in the whole body of a (short) answer; the caller is given it as it came."""
+
+    answer: httpx.Response
+
+
+@dataclass(frozen=True, slots=True)
 class Discard:
     """Be done with an answer, so that its connection can be used again (`drive.tidy`)."""
 
@@ -79,7 +86,7 @@ class Wait:
     seconds: float
 
 
-Step = Send | Control | Read | Discard | After | Ask | Sleep | Wait
+Step = Send | Control | Read | Take | Discard | After | Ask | Sleep | Wait
 T = TypeVar("T")
 Story = Generator[Step, Any, T]
 

@@ -6,7 +6,7 @@ instead of the honest thing: each entry takes the request and returns an answer 
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,28 @@ ESCROW = "http://127.0.0.1:8401"
 ORIGIN = "http://127.0.0.1:8402"
 PREFIX = "invalid_batch_settlement_escrow_"
 Answer = Callable[[httpx.Request], httpx.Response]
+
+
+class CutBody(httpx.AsyncByteStream, httpx.SyncByteStream):
+    """A body that breaks off."""
+
+    def __init__(self, beginning: bytes) -> None:
+        self.beginning = beginning
+        self.closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self.beginning
+        raise httpx.RemoteProtocolError("cut off")
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self:
+            yield chunk
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def aclose(self) -> None:
+        self.closed = True
 
 
 @dataclass
@@ -278,6 +300,12 @@ class ScriptedProvider:
         """The request arrives and is served; its answer does not come back."""
         self.honest(request)
         raise httpx.ReadError("lost")
+
+    def cut_answer(self, request: httpx.Request) -> httpx.Response:
+        """The request is served; its answer breaks off in the body."""
+        whole = self.honest(request)
+        found = [(name, value) for name, value in whole.headers.raw]
+        return httpx.Response(whole.status_code, headers=found, stream=CutBody(whole.content[:1]))
 
     def lose_request(self, request: httpx.Request) -> httpx.Response:
         """The request never arrives, but nobody can tell."""

@@ -50,7 +50,7 @@ async def test_a_failed_call_costs_nothing(world: World) -> None:
     assert world.money() == (0, 0)
 
 
-@pytest.mark.parametrize("lost", ["lose_answer", "lose_request"])
+@pytest.mark.parametrize("lost", ["lose_answer", "lose_request", "cut_answer"])
 async def test_a_lost_answer_is_asked_for_again(world: World, lost: str) -> None:
     """The very same bytes are sent again; the call runs and is charged once."""
     await warm(world)
@@ -361,6 +361,19 @@ async def test_a_paid_call_is_never_signed_for_again(world: World) -> None:
     with pytest.raises(PaidOutcomeGone):
         await world.resume(unknown.value.handle)
     assert (world.provider.ran, world.money()) == (2, (2000, 0))
+
+
+async def test_a_late_retry_of_a_forgotten_call_is_held(world: World) -> None:
+    """When the provider no longer knows a call that was lost, its amount stays held."""
+    await warm(world)
+    forgotten = world.provider.refusal(410, "forgotten")
+    world.provider.script = [world.provider.lose_answer, forgotten]
+    with pytest.raises(PaymentOutcomeUnknown):
+        await world.get("/item/a")
+    assert world.money() == (1000, 1000)
+    world.provider.script = [forgotten]
+    assert (await world.get("/item/b")).status_code == 410
+    assert world.money() == (1000, 1000)
 
 
 async def test_a_call_that_was_given_up_is_held_anew(world: World) -> None:

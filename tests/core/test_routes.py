@@ -179,3 +179,22 @@ def test_any_path_has_a_normal_form(path: str) -> None:
     assert folded.startswith("/")
     assert "//" not in folded
     assert not re.search(r"/\.\.?(/|$)", folded)
+
+
+@pytest.mark.parametrize(
+    ("template", "longest"),
+    [
+        ("/item", 8192),
+        ("/files/{rest:path}", 8192),
+        ("/pair/{base}-{quote}", 1024),
+        ("/a/{x:path}/b/{y:path}", 1024),
+        ("/{a}-{b}-{c}", 256),
+    ],
+)
+def test_long_paths_are_not_looked_up(template: str, longest: int) -> None:
+    """A path that could stall a match is refused by its length, not matched and not passed."""
+    table = RouteTable([("GET", template, "sold")])
+    assert table.find("GET", "/" + "-" * (longest - 1)) is not Miss.LENGTH
+    too_long = "/" + "-" * longest
+    assert table.find("GET", too_long) is Miss.LENGTH
+    assert table.covers(too_long)

@@ -63,7 +63,8 @@ class Shopper:
                 return "given up"
             except PaidOutcomeGone:
                 return "answer gone"
-            except (httpx.ConnectError, EscrowUnavailable):
+            except (httpx.TransportError, EscrowUnavailable):
+                # Nothing was signed yet, or its sending never began.
                 await asyncio.sleep(0.1)
                 return "not sent"
             if answer.status_code == 200:

@@ -23,6 +23,8 @@ TEMPLATE_CHARACTERS_MAX = 1024
 PARAMETERS_MAX = 16
 LOOSE_MAX = 3
 """Parameters that match across a slash or share a segment: more would let a path stall a match."""
+PATH_CHARACTERS_MAX = (8192, 8192, 1024, 256)
+"""The longest path that is looked up, by the most loose parameters in one template of the table."""
 _PARAMETER = re.compile(r"{([a-zA-Z_][a-zA-Z0-9_]*)(:[a-zA-Z_][a-zA-Z0-9_]*)?}")
 _BLANK = re.compile(r"[\s\x00-\x20\x7f]")
 _QUERY = re.compile(r"[?#]")
@@ -126,6 +128,7 @@ class Miss(Enum):
     UNPRICED = "unpriced"
     METHOD = "method"
     SPELLING = "spelling"
+    LENGTH = "length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +144,18 @@ class RouteTable(Generic[Entry]):
 
     def __init__(self, entries: Iterable[tuple[str, str, Entry]]) -> None:
         """Takes (method, template, entry) in the order in which they should be tried."""
+        entries = list(entries)
         self._rows = [
             _Row(method, compile_template(template), _fold(template), entry)
             for method, template, entry in entries
         ]
+        loosest = max((_loose(_split(template)[0]) for _, template, _ in entries), default=0)
+        self._longest = PATH_CHARACTERS_MAX[loosest]
 
     def find(self, method: str, path: str) -> Entry | Miss:
         """Returns the entry, or why there is none."""
+        if len(path) > self._longest:
+            return Miss.LENGTH
         method = priced_method(method)
         path_known = False
         for row in self._rows:
@@ -160,7 +168,12 @@ class RouteTable(Generic[Entry]):
         return Miss.SPELLING if self._nearly(path) else Miss.UNPRICED
 
     def covers(self, path: str) -> bool:
-        """Tells whether any method of this path, or of a spelling of it, is in the table."""
+        """Tells whether any method of this path, or of a spelling of it, is in the table.
+
+        A path too long to look up counts as in it: whoever asks will refuse rather than let pass.
+        """
+        if len(path) > self._longest:
+            return True
         return any(row.pattern.match(path) for row in self._rows) or self._nearly(path)
 
     def _nearly(self, path: str) -> bool:

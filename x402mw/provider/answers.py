@@ -31,6 +31,7 @@ _TITLES = {
     409: "Conflict",
     410: "The answer is gone",
     413: "Too large",
+    414: "The path is too long",
     421: "Misdirected request",
     429: "Too many requests",
     500: "The provider failed",

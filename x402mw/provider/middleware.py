@@ -193,6 +193,10 @@ class PaymentMiddleware:
             await answers.send_problem(
                 scope, send, 405, "method", "this path is not sold with this method"
             )
+        elif found is Miss.LENGTH:
+            await answers.send_problem(
+                scope, send, 414, "path_too_long", "no path that is sold here is that long"
+            )
         elif found is Miss.SPELLING:
             await answers.send_problem(scope, send, 404, "not_found", "there is no such path")
         elif request.payment_headers(scope):
