@@ -17,7 +17,7 @@ from tests.support.provider import (
     start,
     text,
 )
-from x402mw.core.gate import CallState
+from x402mw.core.gate import CallState, Refused
 from x402mw.provider import PerCall, PerUnit, service
 from x402mw.provider.journal import JournalUnavailable
 
@@ -375,3 +375,18 @@ async def test_a_server_that_cancels_gets_no_answer(tmp_path):
             await call
         assert line.answer.messages == []
         assert await shop.state(7) is CallState.SETTLED
+
+
+@pytest.mark.parametrize("error", [Refused(402, "cover", "not ours"), JournalUnavailable("theirs")])
+async def test_a_handler_that_raises_our_own_errors_gets_one_answer(tmp_path, error):
+    """Errors of this package that come out of an app are its failure: one 500, nothing charged."""
+
+    async def nested(scope, receive) -> None:
+        raise error
+
+    async with selling(Handler(nested), PRICES, tmp_path) as shop:
+        with pytest.raises(RuntimeError, match="payment layer") as caught:
+            await shop.pay(payment(shop, CALL))
+        answer = caught.value.answer
+        assert (answer.status, answer.finished) == (500, True)
+        assert (await shop.account()).charged == 0

@@ -15,8 +15,9 @@ from x402mw.core.sessions import Account
 from x402mw.core.vouchers import BIND_BODY
 from x402mw.provider import answers, request
 from x402mw.provider.answers import ServedRoute
-from x402mw.provider.journal import Admitted
+from x402mw.provider.journal import Admitted, JournalUnavailable
 from x402mw.provider.meter import Payment
+from x402mw.provider.request import Disconnected
 from x402mw.provider.responder import PaidCall
 from x402mw.provider.service import Service
 
@@ -88,7 +89,11 @@ class PaidVisit:
         call = PaidCall(
             self.service, self.served, claim, admitted, payment, who, self.scope, self.send
         )
-        await call.run(app, self.receive)
+        try:
+            await call.run(app, self.receive)
+        except (Refused, JournalUnavailable, Disconnected) as error:
+            # The app's own, by whatever way it came there: here these words mean something else.
+            raise RuntimeError("the app raised an error of the payment layer") from error
 
     async def _replay(self, claim: Claim, outcome: Outcome) -> None:
         """Gives an identical retry the stored answer, once the first one is wholly sent."""
