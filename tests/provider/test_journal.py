@@ -20,7 +20,13 @@ from x402mw.core.amounts import Atomic
 from x402mw.core.errors import ConfigurationError
 from x402mw.core.gate import CallState, Refused
 from x402mw.core.sessions import SessionState
-from x402mw.provider.journal import Journal, JournalCorrupt, JournalLocked, JournalUnavailable
+from x402mw.provider.journal import (
+    Journal,
+    JournalCorrupt,
+    JournalLocked,
+    JournalUnavailable,
+    Report,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -181,7 +187,10 @@ async def test_close_of_a_session_never_used(journal: Journal) -> None:
     with pytest.raises(Refused) as refused:
         await admit(journal, claim(2))
     assert (refused.value.reason, refused.value.final) == ("session_closing", True)
-    await journal.closed(SESSION)
+    item = await journal.due_session(SESSION, final=True)
+    assert item is not None
+    assert (item.amount, item.voucher, item.final) == (0, None, True)
+    await journal.apply_verdicts([Report(SESSION, Atomic(0), Atomic(0), ended=True)])
     assert (await journal.begin_close(claim())).ended
 
 

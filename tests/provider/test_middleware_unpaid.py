@@ -200,6 +200,13 @@ async def test_an_unpriced_method_of_a_priced_path_is_405(shop, method):
     assert handler_of(shop).runs == 0
 
 
+async def test_a_path_too_long_to_look_up_is_414(shop):
+    """A path longer than any that is looked up is refused, whatever route it would reach."""
+    assert (await shop.call("GET", "/quote/" + "x" * 9000)).status == 414
+    assert (await shop.call("GET", "/" + "x" * 9000)).status == 414
+    assert handler_of(shop).runs == 0
+
+
 async def test_what_is_free_passes_untouched(shop):
     """Free and unpriced paths reach the app with all their extensions."""
     extensions = {"http.response.pathsend": {}, "http.response.trailers": {}}

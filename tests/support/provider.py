@@ -28,7 +28,7 @@ from x402mw.core.keys import public_key
 from x402mw.core.sessions import Account
 from x402mw.core.terms import control_terms
 from x402mw.provider import PaymentMiddleware, PriceList
-from x402mw.provider.journal import Journal
+from x402mw.provider.journal import Journal, Report
 from x402mw.provider.offers import Seller, make_book, serve_routes
 from x402mw.provider.provider import Prices
 from x402mw.provider.request import Origins
@@ -77,7 +77,10 @@ class Redeemer:
         """Closes the session."""
         if self.works and final:
             self.closed.append(session)
-            await self.journal.closed(session)
+            item = await self.journal.due_session(session, final=True)
+            if item is not None:
+                report = Report(session, item.amount, item.amount, ended=True)
+                await self.journal.apply_verdicts([report])
         return self.works
 
     async def stop(self) -> None:

@@ -7,14 +7,12 @@ JSON without duplicate keys, NaN, lone surrogates or deep nesting; base64 that r
 import base64
 import binascii
 import json
-import re
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
 from x402mw.core.errors import Malformed
 
 NESTING_MAX = 8
-_HEX = re.compile(r"[0-9a-f]*", re.ASCII)
 
 
 def loads(raw: bytes, nesting_max: int = NESTING_MAX) -> Any:
@@ -133,10 +131,3 @@ def b64url_decode(text: str, size: int) -> bytes:
     if len(raw) != size or b64url_encode(raw) != text:
         raise Malformed("this base64url is not canonical")
     return raw
-
-
-def hex_decode(text: str, size: int) -> bytes:
-    """Reads lower-case hex of exactly `size` bytes, or raises `Malformed`."""
-    if len(text) != size * 2 or not _HEX.fullmatch(text):
-        raise Malformed(f"expected {size} bytes in lower-case hex")
-    return bytes.fromhex(text)

@@ -236,14 +236,6 @@ def begin_close(transaction: Transaction, claim: gate.Claim) -> SessionView:
     return view(transaction, claim.session)
 
 
-def closed(transaction: Transaction, session: bytes) -> None:
-    """Notes that the escrow has closed a session."""
-    row = transaction.session(session)
-    if row is not None:
-        account = sessions.move(row.account, SessionEvent.CLOSED)
-        transaction.put_session(replace(row, account=account, ended=True))
-
-
 def view(transaction: Transaction, session: bytes) -> SessionView:
     """Tells where a session stands."""
     row = transaction.session(session)

@@ -237,10 +237,6 @@ class Journal:
         """Lets a session admit nothing more, durably; also one that was never used here."""
         return await self._do(partial(calls.begin_close, claim=claim))
 
-    async def closed(self, session: bytes) -> None:
-        """Notes that the escrow has closed a session."""
-        await self._do(partial(calls.closed, session=session))
-
     async def keep_terms(self, ids: Iterable[bytes]) -> dict[bytes, int]:
         """Makes `ids` the terms offered now; returns former ones still in grace, and since when."""
         return await self._do(partial(retention.keep_terms, ids=tuple(ids)))
