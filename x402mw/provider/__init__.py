@@ -4,6 +4,7 @@ from x402mw.provider import PaymentMiddleware, PerCall, PerUnit, Provider
 """
 
 from x402mw.core.pricing import FREE, PerCall, PerUnit
+from x402mw.provider.decorator import free, priced
 from x402mw.provider.meter import Payment
 from x402mw.provider.middleware import PaymentMiddleware
 from x402mw.provider.prices import Priced, PriceList
@@ -18,4 +19,6 @@ __all__ = [
     "PriceList",
     "Priced",
     "Provider",
+    "free",
+    "priced",
 ]

@@ -15,7 +15,8 @@ from starlette.routing import BaseRoute, Match
 from x402mw.core.errors import ConfigurationError
 from x402mw.core.pricing import Free
 from x402mw.core.routes import priced_method, sample_path
-from x402mw.provider.prices import PricedRoute, shape
+from x402mw.provider.decorator import Entry, class_methods, find_price
+from x402mw.provider.prices import PricedRoute, PriceList, shape
 
 CLAIM_MARGIN_SECONDS = 180
 LAYERS_MAX = 32
@@ -58,7 +59,12 @@ class _Leaf:
     @property
     def methods(self) -> Iterable[str]:
         """The methods it says it takes."""
-        return getattr(self.route, "methods", None) or ()
+        return getattr(self.route, "methods", None) or class_methods(self.endpoint)
+
+    @property
+    def endpoint(self) -> Any:
+        """What runs, if it shows that."""
+        return getattr(self.route, "endpoint", None)
 
     @property
     def template(self) -> str | None:
@@ -78,6 +84,25 @@ class _Leaf:
         scope = {"type": "http", "method": method, "path": path, "root_path": root, "headers": []}
         found: Match = self.route.matches(scope)[0]
         return found
+
+
+def join_prices(prices: PriceList, routes: Iterable[BaseRoute]) -> dict[str, Entry]:
+    """Adds the prices that stand beside handlers (`@priced`, `@free`) to a list of prices.
+
+    Raises `ConfigurationError` for a route that has both, or whose two handlers differ.
+    """
+    joined = dict(prices)
+    for leaf in _leaves(routes):
+        for method in leaf.methods or ("",):
+            entry = find_price(leaf.endpoint, method)
+            if entry is None:
+                continue
+            if leaf.template is None:
+                raise ConfigurationError(f"{leaf.route!r} has a price but is no HTTP route")
+            text = f"{priced_method(method)} {leaf.template}"
+            if joined.setdefault(text, entry) is not entry:
+                raise ConfigurationError(f"{text!r} is priced twice, once beside its handler")
+    return joined
 
 
 def check_routes(prices: Routes, routes: Iterable[BaseRoute]) -> list[tuple[str, str]]:

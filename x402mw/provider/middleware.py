@@ -8,6 +8,7 @@ It finds the price of a request and answers 402 with terms, or hands a request w
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,7 +33,8 @@ CONTROL_PATH = "/x402mw/control"
 class PaymentMiddleware:
     """Sells an ASGI app's routes by a price list.
 
-    `prices` maps "METHOD /path/{template}" to a plan, a `Priced` with options, or `FREE`.
+    `prices` maps "METHOD /path/{template}" to a plan, a `Priced` with options, or `FREE`; prices
+    that stand beside their handlers (`@priced`) are added to it.
     `path_prefix` is what buyers see in front of the app's own paths (a proxy's prefix, a mount).
     Start-up checks run inside the ASGI lifespan and stop the start; where there is no lifespan, the
     first priced request runs them.
@@ -43,13 +45,14 @@ class PaymentMiddleware:
         app: ASGIApp,
         *,
         provider: Provider,
-        prices: PriceList,
+        prices: PriceList | None = None,
         path_prefix: str = "",
         control_path: str = CONTROL_PATH,
     ) -> None:
         self.app = app
         self._provider = provider
-        self._prices = prices
+        self._prices = prices or {}
+        self._lines: Mapping[tuple[str, str], PricedRoute | Free] = {}
         self._path_prefix = path_prefix.rstrip("/")
         self._control_path = control_path
         self._root_path = checks.find_root_path(app)
@@ -115,14 +118,14 @@ class PaymentMiddleware:
     def _routes(self, scope: Scope) -> RouteTable[PricedRoute | Free]:
         """The table of prices, checked against the app's own routes when they can be seen."""
         if self._table is None:
-            prices = read_prices(self._prices)
             routes = checks.find_routes(self.app)
             if routes is None and scope["type"] == "lifespan":
                 # Elsewhere `app` may be another one, into which ours is mounted.
                 routes = checks.find_routes(scope.get("app"))
-            order = [] if routes is None else checks.check_routes(prices, routes)
+            self._lines = read_prices(checks.join_prices(self._prices, routes or ()))
+            order = [] if routes is None else checks.check_routes(self._lines, routes)
             checks.check_paths(self._path_prefix, self._control_path)
-            self._table = price_table(prices, order)
+            self._table = price_table(self._lines, order)
         return self._table
 
     async def _ready(self, scope: Scope) -> Service:
@@ -133,7 +136,7 @@ class PaymentMiddleware:
             if self._service is None:
                 table = self._routes(scope)
                 self._service = await self._provider.start(
-                    read_prices(self._prices),
+                    self._lines,
                     path_prefix=self._path_prefix,
                     control_path=self._control_path,
                 )

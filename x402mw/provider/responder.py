@@ -25,6 +25,7 @@ from x402mw.core.amounts import ZERO
 from x402mw.core.gate import Claim, Outcome
 from x402mw.provider import answers, request
 from x402mw.provider.answers import Figures, Headers, ServedRoute
+from x402mw.provider.decorator import PAYING
 from x402mw.provider.journal import Admitted, JournalUnavailable, Settled
 from x402mw.provider.meter import Payment
 from x402mw.provider.prices import STORED_BODY_BYTES_MAX
@@ -79,6 +80,7 @@ class PaidCall:
 
     async def _run(self, app: ASGIApp, receive: Receive) -> None:
         self.limit = asyncio.timeout(self.served.route.options.timeout_seconds)
+        paying = PAYING.set(True)
         try:
             async with self.limit:
                 await app(request.paid_scope(self.scope, self.payment), receive, self.on_message)
@@ -89,6 +91,8 @@ class PaidCall:
             log.warning("a call to %s was ended: %s", self.served.route.template, error)
         else:
             await self._end(tell=True)
+        finally:
+            PAYING.reset(paying)
 
     async def on_message(self, message: Message) -> None:
         """Takes one message of the app's answer."""
