@@ -117,10 +117,10 @@ class Market:
 
 @asynccontextmanager
 async def market(
-    tmp_path: Path, *, balance: str = "100.00", **settings: Any
+    place: Path | str, *, balance: str = "100.00", **settings: Any
 ) -> AsyncIterator[Market]:
-    """Runs an escrow with a funded buyer, a provider and its registered journal."""
-    async with running_escrow(tmp_path, **settings) as escrow, _client(escrow.url) as http:
+    """Runs an escrow in a folder or on a URL, with a funded buyer and a provider with a journal."""
+    async with running_escrow(place, **settings) as escrow, _client(escrow.url) as http:
         buyer, provider = await _register(http, "buyer"), await _register(http, "provider")
         await escrow.deposit(buyer.agent_id, balance)
         yield await _with_journal(Market(escrow, http, buyer, provider))

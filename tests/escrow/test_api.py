@@ -15,9 +15,9 @@ NOBODY = "ag_" + "0" * 32
 NOTHING = "esc_" + "0" * 32
 
 
-async def test_the_service_says_who_it_is(tmp_path: Path) -> None:
+async def test_the_service_says_who_it_is(db: str) -> None:
     """Contract: /health and the key set name the network; every answer has the ledger's Date."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         health = await m.http.get(f"{m.escrow.url}/health")
         assert health.json() == {"status": "ok", "network": "escrow:main", "time": 1_800_000_000}
         assert health.headers["date"] == "Fri, 15 Jan 2027 08:00:00 GMT"
@@ -46,9 +46,9 @@ async def test_an_agent_registers_and_sees_itself(tmp_path: Path) -> None:
         assert body["api_key"].encode() not in stored
 
 
-async def test_a_session_lives_from_lock_to_close(tmp_path: Path) -> None:
+async def test_a_session_lives_from_lock_to_close(db: str) -> None:
     """Rules 2 to 5: lock, token, top up, release, redeem, provider close; the split is exact."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         escrow = await m.open("5.00", memo="for quotes")
         name = escrow["escrow_id"]
         assert await m.balance(m.buyer) == "95.00"
@@ -81,9 +81,9 @@ async def test_a_session_lives_from_lock_to_close(tmp_path: Path) -> None:
         assert await m.balance(m.provider) == "2.97"
 
 
-async def test_a_renewed_token_tells_the_newest_figures(tmp_path: Path) -> None:
+async def test_a_renewed_token_tells_the_newest_figures(db: str) -> None:
     """Keys: a token carries deposit and released as they are; claim_until only grows."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         escrow = await m.open()
         name = escrow["escrow_id"]
         await m.post(m.buyer, f"/escrow/{name}/release", {"cumulative": "0.0000019"})
@@ -94,9 +94,9 @@ async def test_a_renewed_token_tells_the_newest_figures(tmp_path: Path) -> None:
         assert answer["claim_until"] == token.claim_until == escrow["claim_until"] + 300
 
 
-async def test_pages_list_the_callers_escrows_newest_first(tmp_path: Path) -> None:
+async def test_pages_list_the_callers_escrows_newest_first(db: str) -> None:
     """Contract: keyset pages by role and status, each escrow once, the other tenants' never."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         names = [(await m.open("1.00"))["escrow_id"] for _ in range(5)]
         await m.post(m.provider, f"/escrow/{names[1]}/close")
         seen, after = [], None
@@ -115,9 +115,9 @@ async def test_pages_list_the_callers_escrows_newest_first(tmp_path: Path) -> No
         assert (await m.get(stranger, "/escrow")).json() == {"items": [], "next": None}
 
 
-async def test_a_stranger_sees_nothing_and_does_nothing(tmp_path: Path) -> None:
+async def test_a_stranger_sees_nothing_and_does_nothing(db: str) -> None:
     """Security: another tenant's escrow looks exactly like one that does not exist."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         stranger = await m.escrow.new_agent("stranger", balance="10.00")
         bodies = {"token": None, "topup": {"amount": "1"}, "release": {"cumulative": "1"}}
@@ -134,9 +134,9 @@ async def test_a_stranger_sees_nothing_and_does_nothing(tmp_path: Path) -> None:
         assert (await m.show(name))["status"] == "locked"
 
 
-async def test_only_the_buyer_spends(tmp_path: Path) -> None:
+async def test_only_the_buyer_spends(db: str) -> None:
     """Rule 5, column Who: a provider cannot renew, top up or release."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         for path, body in (
             ("token", None),
@@ -147,9 +147,9 @@ async def test_only_the_buyer_spends(tmp_path: Path) -> None:
             assert code_of(answer) == (403, "not_the_buyer")
 
 
-async def test_create_is_refused_for_every_reason_it_has(tmp_path: Path) -> None:
+async def test_create_is_refused_for_every_reason_it_has(db: str) -> None:
     """Rule 5, guards of create; and I10: a refusal takes nothing."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         other = await m.escrow.new_agent("other")
         wishes = {
             (422, "below_minimum"): m.wish("0.999999"),
@@ -170,9 +170,9 @@ async def test_create_is_refused_for_every_reason_it_has(tmp_path: Path) -> None
         assert (await m.get(m.buyer, "/escrow")).json()["items"] == []
 
 
-async def test_a_top_up_needs_funds(tmp_path: Path) -> None:
+async def test_a_top_up_needs_funds(db: str) -> None:
     """Rule 5: a top-up beyond the balance is refused and changes nothing."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         escrow = await m.open()
         answer = await m.post(m.buyer, f"/escrow/{escrow['escrow_id']}/topup", {"amount": "96"})
         assert code_of(answer) == (409, "insufficient_funds")
@@ -182,9 +182,9 @@ async def test_a_top_up_needs_funds(tmp_path: Path) -> None:
         }
 
 
-async def test_a_top_up_beyond_all_money_is_a_refusal(tmp_path: Path) -> None:
+async def test_a_top_up_beyond_all_money_is_a_refusal(db: str) -> None:
     """M1: L + x beyond 2^63 - 1 is refused with 4xx like any amount, and changes nothing."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         body = {"amount": display(AMOUNT_MAX)}
         answer = await m.post(m.buyer, f"/escrow/{name}/topup", body)
@@ -192,9 +192,9 @@ async def test_a_top_up_beyond_all_money_is_a_refusal(tmp_path: Path) -> None:
         assert (await m.show(name))["amount"] == "5.00"
 
 
-async def test_an_ended_escrow_only_reads(tmp_path: Path) -> None:
+async def test_an_ended_escrow_only_reads(db: str) -> None:
     """Rule 5: terminal states refuse everything with 409 and name the state."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         await m.post(m.provider, f"/escrow/{name}/close")
         before = await m.show(name)
@@ -211,9 +211,9 @@ async def test_an_ended_escrow_only_reads(tmp_path: Path) -> None:
         assert await m.show(name) == before
 
 
-async def test_a_closing_escrow_takes_vouchers_and_nothing_else(tmp_path: Path) -> None:
+async def test_a_closing_escrow_takes_vouchers_and_nothing_else(db: str) -> None:
     """Rule 5: after the buyer's close no token, top-up, release; vouchers still count."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         closing = (await m.post(m.buyer, f"/escrow/{name}/close")).json()
         assert (closing["status"], closing["closing_deadline"]) == ("closing", 1_800_000_900)
@@ -229,9 +229,9 @@ async def test_a_closing_escrow_takes_vouchers_and_nothing_else(tmp_path: Path) 
         assert (verdict["ok"], verdict["redeemed"], verdict["state"]) == (True, "2.00", "closing")
 
 
-async def test_a_provider_close_checks_its_voucher(tmp_path: Path) -> None:
+async def test_a_provider_close_checks_its_voucher(db: str) -> None:
     """Rule 5: a close with a bad voucher is refused whole; the buyer may bring none."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name, other = (await m.open())["escrow_id"], (await m.open())["escrow_id"]
         forged = m.voucher(name, "1", seed=b"x" * 32)
         for agent, body, code in (
@@ -247,9 +247,9 @@ async def test_a_provider_close_checks_its_voucher(tmp_path: Path) -> None:
         assert (await m.show(name))["status"] == "locked"
 
 
-async def test_a_journal_has_one_owner_and_one_key(tmp_path: Path) -> None:
+async def test_a_journal_has_one_owner_and_one_key(db: str) -> None:
     """Contract: the same registration again is 200, another key or owner is 409."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         other_key = b64url_encode(public_key(b"q" * 32))
         for agent, key, status in (
             (m.provider, RECEIPT_KEY, 200),
@@ -262,9 +262,9 @@ async def test_a_journal_has_one_owner_and_one_key(tmp_path: Path) -> None:
             assert answer.status_code == status
 
 
-async def test_the_faucet_gives_once(tmp_path: Path) -> None:
+async def test_the_faucet_gives_once(db: str) -> None:
     """Contract: $1 for each new agent, once; loopback has no limit per source."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         for _ in range(12):
             agent = await m.escrow.new_agent()
             answer = await m.post(agent, "/faucet/claim")
@@ -273,9 +273,9 @@ async def test_the_faucet_gives_once(tmp_path: Path) -> None:
         assert await m.balance(agent) == "1.00"
 
 
-async def test_one_address_claims_a_few_times_a_day(tmp_path: Path) -> None:
+async def test_one_address_claims_a_few_times_a_day(db: str) -> None:
     """Contract: claims are counted by source address, which a local proxy may pass on."""
-    async with market(tmp_path, faucet_claims_per_source=2) as m:
+    async with market(db, faucet_claims_per_source=2) as m:
         statuses = []
         for host in ("203.0.113.9", "203.0.113.9", "203.0.113.9", "203.0.113.10"):
             agent = await m.escrow.new_agent()
@@ -284,9 +284,9 @@ async def test_one_address_claims_a_few_times_a_day(tmp_path: Path) -> None:
         assert statuses == [200, 200, 429, 200]
 
 
-async def test_the_faucet_has_a_daily_ceiling(tmp_path: Path) -> None:
+async def test_the_faucet_has_a_daily_ceiling(db: str) -> None:
     """Contract: all claims of a UTC day stay under one ceiling; tomorrow it gives again."""
-    async with market(tmp_path, faucet_daily=to_atomic("2.50")) as m:
+    async with market(db, faucet_daily=to_atomic("2.50")) as m:
         agents = [await m.escrow.new_agent() for _ in range(3)]
         answers = [await m.post(agent, "/faucet/claim") for agent in agents]
         assert [answer.status_code for answer in answers] == [200, 200, 429]
@@ -295,15 +295,15 @@ async def test_the_faucet_has_a_daily_ceiling(tmp_path: Path) -> None:
         assert (await m.post(agents[2], "/faucet/claim")).status_code == 200
 
 
-async def test_a_faucet_of_nothing_is_off(tmp_path: Path) -> None:
+async def test_a_faucet_of_nothing_is_off(db: str) -> None:
     """Contract: an amount of 0 turns the faucet off."""
-    async with market(tmp_path, faucet_amount=to_atomic("0")) as m:
+    async with market(db, faucet_amount=to_atomic("0")) as m:
         assert code_of(await m.post(m.buyer, "/faucet/claim")) == (429, "faucet_limit")
 
 
-async def test_changes_tell_what_happened_in_order(tmp_path: Path) -> None:
+async def test_changes_tell_what_happened_in_order(db: str) -> None:
     """Contract: /changes pages through a journal's sessions in the order of their last change."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         first, second = (await m.open())["escrow_id"], (await m.open())["escrow_id"]
         page = (await m.get(m.provider, "/changes", journal=JOURNAL, limit=1)).json()
         assert [change["escrow_id"] for change in page["changes"]] == [first]
@@ -325,9 +325,9 @@ async def test_changes_tell_what_happened_in_order(tmp_path: Path) -> None:
         assert (end["changes"], end["next"]) == ([], news["next"])
 
 
-async def test_a_restored_journal_learns_it(tmp_path: Path) -> None:
+async def test_a_restored_journal_learns_it(db: str) -> None:
     """Contract: the escrow keeps the highest write serial it was shown and tells it."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         shown = []
         for serial in (5, 9, 3, 9):
             answer = await m.get(m.provider, "/changes", journal=JOURNAL, serial=serial)
@@ -337,9 +337,9 @@ async def test_a_restored_journal_learns_it(tmp_path: Path) -> None:
         assert shown == [0, 5, 9, 9, 9]
 
 
-async def test_rotation_keeps_old_tokens_readable(tmp_path: Path) -> None:
+async def test_rotation_keeps_old_tokens_readable(db: str) -> None:
     """Keys: rotating the signing key raises the serial; old keys stay, marked retired."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         old = (await m.open())["token"]
         await m.escrow.ledger.rotate_keys()
         new = (await m.open())["token"]

@@ -2,16 +2,20 @@
 
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import asyncpg
 import pytest
-from sqlalchemy import create_engine, insert, inspect
+from sqlalchemy import Connection, insert, inspect
 from sqlalchemy.exc import IntegrityError
 
+from tests.escrow.conftest import DATABASES
 from tests.escrow.market import code_of, market
 from tests.support.escrow import ROOT_SEED, MovingClock
+from tests.support.postgresql import database_name, fresh_database, shared_server
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
 from x402mw.core.errors import ConfigurationError
 from x402mw.escrow import agents, database, schema
@@ -27,15 +31,27 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
-    """One backend for the whole module, as its shared database wants."""
+    """One backend for the whole module, as its shared databases want."""
     return "asyncio"
 
 
-@pytest.fixture(scope="module")
-async def traded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with a little trade in it: open, closing and ended sessions."""
-    path = tmp_path_factory.mktemp("traded")
-    async with market(path) as m:
+@pytest.fixture(scope="module", params=DATABASES)
+async def traded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[str]:
+    """A database of each kind with a little trade in it: open, closing and ended sessions."""
+    if request.param == "sqlite":
+        url = str(tmp_path_factory.mktemp("traded") / "escrow.db")
+        await _trade(url)
+        yield url
+    else:
+        with fresh_database() as url:
+            await _trade(url)
+            yield url
+
+
+async def _trade(url: str) -> None:
+    async with market(url) as m:
         names = [(await m.open("5.00"))["escrow_id"] for _ in range(3)]
         await m.redeem(
             {"voucher": m.voucher(names[0], "1"), "amount": "1"},
@@ -43,41 +59,76 @@ async def traded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         await m.post(m.buyer, f"/escrow/{names[2]}/close")
         await m.post(m.provider, "/faucet/claim")
-    return path / "escrow.db"
+
+
+class Stranger:
+    """Someone with the database and none of our code."""
+
+    REFUSALS = (sqlite3.IntegrityError, asyncpg.PostgresError)
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.is_sqlite = "://" not in url
+
+    def run(self, *statements: str) -> None:
+        """Runs statements, or raises one of `REFUSALS`."""
+        if not self.is_sqlite:
+            for statement in statements:
+                shared_server().execute(statement, database_name(self.url))
+            return
+        with closing(sqlite3.connect(self.url, isolation_level=None)) as connection:
+            for statement in statements:
+                connection.execute(statement)
+
+    def drop_guards(self) -> None:
+        """Takes the triggers out of the way."""
+        if self.is_sqlite:
+            with closing(sqlite3.connect(self.url)) as connection:
+                names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")
+                self.run(*(f"DROP TRIGGER {name}" for (name,) in names.fetchall()))
+        else:
+            tables = ("entries", "postings", "escrows")
+            self.run(*(f"ALTER TABLE {table} DISABLE TRIGGER USER" for table in tables))
 
 
 @pytest.fixture
-def raw(traded: Path, tmp_path: Path) -> sqlite3.Connection:
-    """A copy of that database, opened without any of our code."""
-    shutil.copy(traded, tmp_path / "escrow.db")
-    return sqlite3.connect(tmp_path / "escrow.db", isolation_level=None)
+def stranger(traded: str, tmp_path: Path) -> Iterator[Stranger]:
+    """A copy of that database, in the hands of a stranger."""
+    if "://" not in traded:
+        yield Stranger(str(shutil.copy(traded, tmp_path / "escrow.db")))
+    else:
+        with fresh_database(database_name(traded)) as url:
+            yield Stranger(url)
 
 
-async def test_real_trade_passes_the_check(traded: Path) -> None:
+async def test_real_trade_passes_the_check(traded: str) -> None:
     """I1 to I9, I18, I19 hold on a database made through the API."""
-    assert await audit(str(traded)) == []
+    assert await audit(traded) == []
 
 
 @pytest.mark.parametrize("table", ["entries", "postings"])
 @pytest.mark.parametrize("change", ["UPDATE {} SET seq = seq + 100", "DELETE FROM {}"])
-def test_the_books_are_append_only(raw: sqlite3.Connection, table: str, change: str) -> None:
+def test_the_books_are_append_only(stranger: Stranger, table: str, change: str) -> None:
     """Rule 2: the database itself refuses to change or delete what was written."""
-    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-        raw.execute(change.format(table))
+    with pytest.raises(Stranger.REFUSALS, match="append-only"):
+        stranger.run(change.format(table))
 
 
 @pytest.mark.parametrize("table", ["entries", "postings"])
-def test_the_books_cannot_be_replaced(raw: sqlite3.Connection, table: str) -> None:
-    """Rule 2: also not by INSERT OR REPLACE, which asks no DELETE trigger."""
-    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-        raw.execute(f"INSERT OR REPLACE INTO {table} SELECT * FROM {table} LIMIT 1")
+def test_the_books_cannot_be_replaced(stranger: Stranger, table: str) -> None:
+    """Rule 2: also not by INSERT OR REPLACE and TRUNCATE, which ask no DELETE trigger."""
+    change = f"INSERT OR REPLACE INTO {table} SELECT * FROM {table} LIMIT 1"
+    if not stranger.is_sqlite:
+        change = f"TRUNCATE {table} CASCADE"
+    with pytest.raises(Stranger.REFUSALS, match="append-only"):
+        stranger.run(change)
 
 
 @pytest.mark.parametrize("column", ["amount", "released", "redeemed", "refunded", "fee", "change"])
-def test_what_an_escrow_counted_never_falls(raw: sqlite3.Connection, column: str) -> None:
+def test_what_an_escrow_counted_never_falls(stranger: Stranger, column: str) -> None:
     """I6: L, R, F, redeemed and fee never fall, whoever writes."""
-    with pytest.raises(sqlite3.IntegrityError, match="never falls"):
-        raw.execute(f"UPDATE escrows SET {column} = {column} - 1 WHERE status = 'settled'")
+    with pytest.raises(Stranger.REFUSALS, match="never falls"):
+        stranger.run(f"UPDATE escrows SET {column} = {column} - 1 WHERE status = 'settled'")
 
 
 @pytest.mark.parametrize(
@@ -85,72 +136,56 @@ def test_what_an_escrow_counted_never_falls(raw: sqlite3.Connection, column: str
     [
         "UPDATE accounts SET balance = -1 WHERE account = 'house:fees'",
         "UPDATE accounts SET balance = 9223372036854775807 + 1 WHERE account = 'house:fees'",
-        "UPDATE accounts SET balance = 0.5 WHERE account = 'house:fees'",
+        "UPDATE accounts SET balance = 9223372036854775808 WHERE account = 'house:fees'",
         "UPDATE accounts SET balance = 'x' WHERE account = 'house:fees'",
         "UPDATE escrows SET released = amount + 1",
-        "UPDATE escrows SET amount = amount + 0.5",
         "UPDATE escrows SET redeemed = released + 1",
         "UPDATE escrows SET claim_until = expires_at + 1",
         "UPDATE escrows SET buyer = provider",
     ],
 )
-def test_the_database_is_a_second_wall(raw: sqlite3.Connection, statement: str) -> None:
+def test_the_database_is_a_second_wall(stranger: Stranger, statement: str) -> None:
     """M1 and I3 to I5: negative, overflowing, broken amounts are refused by the database too."""
-    with pytest.raises(sqlite3.IntegrityError):
-        raw.execute(statement)
+    with pytest.raises(Stranger.REFUSALS):
+        stranger.run(statement)
 
 
-FRAUDS: list[tuple[str, Callable[[sqlite3.Connection], object]]] = [
-    ("I1", lambda db: db.execute("UPDATE accounts SET balance = 1 WHERE account = 'house:fees'")),
-    ("I18", lambda db: db.execute(
+FRAUDS: list[tuple[str, list[str]]] = [
+    ("I1", ["UPDATE accounts SET balance = 1 WHERE account = 'house:fees'"]),
+    ("I18", [
         "UPDATE accounts SET balance = balance + CASE account WHEN 'faucet' THEN 1 ELSE -1 END"
-        " WHERE account IN ('faucet', 'house:fees')")),
-    ("I19", lambda db: db.execute("UPDATE entries SET kind = 'gift' WHERE seq = 2")),
-    ("I19", lambda db: db.execute("UPDATE postings SET amount = amount + 1 WHERE seq = 2")),
-    ("I19", lambda db: db.executescript(
-        "DELETE FROM postings WHERE seq = (SELECT max(seq) FROM entries);"
-        "DELETE FROM entries WHERE seq = (SELECT max(seq) FROM entries)")),
-    ("I19", lambda db: db.execute("UPDATE entries SET effective_at = 1 WHERE seq = 1")),
-    ("I4", lambda db: db.execute("UPDATE escrows SET amount = amount + 1 WHERE status='closing'")),
-    ("I7", lambda db: db.execute("UPDATE escrows SET fee = fee + 1 WHERE status='settled'")),
-    ("I8", lambda db: db.execute("UPDATE escrows SET buyer = provider, provider = buyer")),
-    ("I9", lambda db: db.execute("UPDATE escrows SET status='settled' WHERE status='closing'")),
-    ("I5", lambda db: db.execute("UPDATE escrows SET status='closing' WHERE status='settled'")),
+        " WHERE account IN ('faucet', 'house:fees')"]),
+    ("I19", ["UPDATE entries SET kind = 'gift' WHERE seq = 2"]),
+    ("I19", ["UPDATE postings SET amount = amount + 1 WHERE seq = 2"]),
+    ("I19", [
+        "DELETE FROM postings WHERE seq = (SELECT max(seq) FROM entries)",
+        "DELETE FROM entries WHERE seq = (SELECT max(seq) FROM entries)"]),
+    ("I19", ["UPDATE entries SET effective_at = 1 WHERE seq = 1"]),
+    ("I4", ["UPDATE escrows SET amount = amount + 1 WHERE status = 'closing'"]),
+    ("I7", ["UPDATE escrows SET fee = fee + 1 WHERE status = 'settled'"]),
+    ("I8", ["UPDATE escrows SET buyer = provider, provider = buyer"]),
+    ("I9", ["UPDATE escrows SET status = 'settled' WHERE status = 'closing'"]),
+    ("I5", ["UPDATE escrows SET status = 'closing' WHERE status = 'settled'"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("invariant", "fraud"), FRAUDS)
-async def test_the_judge_notices(
-    raw: sqlite3.Connection,
-    tmp_path: Path,
-    invariant: str,
-    fraud: Callable[[sqlite3.Connection], object],
-) -> None:
+async def test_the_judge_notices(stranger: Stranger, invariant: str, fraud: list[str]) -> None:
     """I1 to I9, I18, I19: someone with the file and no triggers in the way is still found out."""
-    for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
-        raw.execute(f"DROP TRIGGER {name}")
-    fraud(raw)
-    raw.close()
-    violations = await audit(str(tmp_path / "escrow.db"))
+    stranger.drop_guards()
+    stranger.run(*fraud)
+    violations = await audit(stranger.url)
     assert any(violation.startswith(invariant + " ") for violation in violations), violations
 
 
-async def test_migrations_make_the_tables_that_queries_know(tmp_path: Path) -> None:
+async def test_migrations_make_the_tables_that_queries_know(empty_db: str) -> None:
     """House: schema.py and the migrations name the same tables, columns and types."""
-    engine = database.open_engine(str(tmp_path / "new.db"))
+    engine = database.open_engine(empty_db)
     for _ in range(2):
         async with engine.begin() as connection:
             await database.migrate(connection)
+            made = await connection.run_sync(_columns)
     await engine.dispose()
-    sync = create_engine(f"sqlite:///{tmp_path / 'new.db'}")
-    found = inspect(sync)
-    made = {
-        (table, column["name"], str(column["type"]), column["nullable"])
-        for table in found.get_table_names()
-        for column in found.get_columns(table)
-        if table != "alembic_version"
-    }
-    sync.dispose()
     assert made == {
         (table.name, column.name, str(column.type), column.nullable)
         for table in schema.metadata.tables.values()
@@ -158,9 +193,19 @@ async def test_migrations_make_the_tables_that_queries_know(tmp_path: Path) -> N
     }
 
 
-async def test_there_is_never_more_money_than_an_integer_holds(tmp_path: Path) -> None:
+def _columns(connection: Connection) -> set[tuple[str, str, str, bool]]:
+    found = inspect(connection)
+    return {
+        (table, column["name"], str(column["type"]), column["nullable"])
+        for table in found.get_table_names()
+        for column in found.get_columns(table)
+        if table != "alembic_version"
+    }
+
+
+async def test_there_is_never_more_money_than_an_integer_holds(db: str) -> None:
     """M1: all money together stays below 2^63; more is refused and moves nothing."""
-    settings = Settings(str(tmp_path / "escrow.db"), ROOT_SEED)
+    settings = Settings(db, ROOT_SEED)
     ledger = await open_ledger(settings, MovingClock(), serving=True)
     try:
         async with ledger.write() as tx:
@@ -182,9 +227,9 @@ async def test_there_is_never_more_money_than_an_integer_holds(tmp_path: Path) -
     assert await audit(settings.database_url) == []
 
 
-async def test_the_largest_amount_still_trades(tmp_path: Path) -> None:
+async def test_the_largest_amount_still_trades(db: str) -> None:
     """M1: locking and redeeming 2^63 - 1 units works to the last unit, one more is refused."""
-    async with market(tmp_path, balance=display(AMOUNT_MAX)) as m:
+    async with market(db, balance=display(AMOUNT_MAX)) as m:
         over = await m.post(m.buyer, "/escrow", m.wish("9223372036854.775808"))
         assert code_of(over) == (422, "invalid_request")
         name = (await m.open(display(AMOUNT_MAX)))["escrow_id"]
@@ -194,9 +239,9 @@ async def test_the_largest_amount_still_trades(tmp_path: Path) -> None:
         assert await m.balance(m.provider) == display(AMOUNT_MAX - AMOUNT_MAX // 100)
 
 
-async def test_a_database_keeps_its_root_key_and_network(tmp_path: Path) -> None:
+async def test_a_database_keeps_its_root_key_and_network(empty_db: str) -> None:
     """Failures: another root key or network on an old database is found at start."""
-    settings = Settings(str(tmp_path / "escrow.db"), ROOT_SEED)
+    settings = Settings(empty_db, ROOT_SEED)
     await (await open_ledger(settings, MovingClock(), serving=True)).close()
     for wrong in (
         replace(settings, root_seed=b"w" * 32),
@@ -248,9 +293,9 @@ async def test_only_the_operator_reads_the_books(tmp_path: Path) -> None:
     assert found == {"escrow.db": 0o600, "escrow.db-wal": 0o600, "escrow.db-shm": 0o600}
 
 
-async def test_what_the_database_objects_to_shows_no_values(tmp_path: Path) -> None:
+async def test_what_the_database_objects_to_shows_no_values(empty_db: str) -> None:
     """Security: an error of the database in a log holds none of the values it was given."""
-    engine = database.open_engine(str(tmp_path / "escrow.db"))
+    engine = database.open_engine(empty_db)
     async with engine.begin() as connection:
         await database.migrate(connection)
     broken = {"agent_id": "a", "name": "private", "key_hash": None, "created_at": 1}

@@ -14,9 +14,9 @@ from x402mw.escrow import database
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_hundred_at_once_never_exceed_the_deposit(tmp_path: Path) -> None:
+async def test_a_hundred_at_once_never_exceed_the_deposit(db: str) -> None:
     """I12: redeem, release, top up and close at once; R <= L always, and the books balance."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open("5.00"))["escrow_id"]
 
         async def redeem(number: int) -> int:
@@ -39,9 +39,9 @@ async def test_a_hundred_at_once_never_exceed_the_deposit(tmp_path: Path) -> Non
         assert await m.escrow.check() == []
 
 
-async def test_a_balance_is_not_locked_twice(tmp_path: Path) -> None:
+async def test_a_balance_is_not_locked_twice(db: str) -> None:
     """I3 and I12: thirty locks of $5 at once from $50 give ten sessions, never an eleventh."""
-    async with market(tmp_path, balance="50.00") as m:
+    async with market(db, balance="50.00") as m:
         answers = await asyncio.gather(
             *(m.post(m.buyer, "/escrow", m.wish("5.00")) for _ in range(30))
         )
@@ -67,9 +67,9 @@ async def test_a_locked_database_is_a_503_and_nothing_else(
         assert (await m.post(m.buyer, "/escrow", m.wish(), key="k")).status_code == 201
 
 
-async def test_two_processes_share_one_set_of_books(tmp_path: Path) -> None:
+async def test_two_processes_share_one_set_of_books(empty_db: str) -> None:
     """I12: two services and the operator's command on one database make one chain of entries."""
-    with escrow_process(tmp_path) as first, escrow_process(tmp_path) as second:
+    with escrow_process(empty_db) as first, escrow_process(empty_db) as second:
         async with joined(first) as one, joined(second) as two:
             names = [(await m.open("1.00"))["escrow_id"] for m in (one, two)]
             # Each session is now paid out through the other process than the one that opened it.

@@ -1,7 +1,5 @@
 """Deadlines: applied by whoever sees them first, postponed by outages. `docs/money.md` 6."""
 
-from pathlib import Path
-
 import pytest
 from sqlalchemy import select
 
@@ -12,9 +10,9 @@ pytestmark = pytest.mark.anyio
 T0 = 1_800_000_000
 
 
-async def test_an_expired_session_goes_home(tmp_path: Path) -> None:
+async def test_an_expired_session_goes_home(db: str) -> None:
     """T1 and T3: valid iff now < expires_at; then the rest is refunded."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open("5.00", expires_in_seconds=1800))["escrow_id"]
         await m.redeem({"voucher": m.voucher(name, "1"), "amount": "1"})
         await m.escrow.pass_time(1799)
@@ -34,9 +32,9 @@ async def alive(m, seconds: int) -> None:
             pass
 
 
-async def test_any_access_applies_a_deadline(tmp_path: Path) -> None:
+async def test_any_access_applies_a_deadline(db: str) -> None:
     """T2: without any sweeper, the first reader or payer finds the money at home."""
-    async with market(tmp_path, balance="5.00") as m:
+    async with market(db, balance="5.00") as m:
         for look in range(4):
             name = (await m.open("5.00", expires_in_seconds=1800))["escrow_id"]
             await alive(m, 1900)
@@ -53,26 +51,30 @@ async def test_any_access_applies_a_deadline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("party", [None, "ag_" + "0" * 32])
-async def test_deadlines_are_found_by_their_index(tmp_path: Path, party: str | None) -> None:
+async def test_deadlines_are_found_by_their_index(db: str, party: str | None) -> None:
     """T2: looking for what is due never reads the sessions that have ended, however many."""
     query = select(schema.escrows).where(deadlines.due_before(T0), deadlines.of_party(party))
-    async with market(tmp_path) as m, m.escrow.ledger.read() as connection:
+    async with market(db) as m, m.escrow.ledger.read() as connection:
         compiled = query.compile(
             connection.sync_engine,
             compile_kwargs={"literal_binds": False, "render_postcompile": True},
         )
+        explain = "EXPLAIN QUERY PLAN"
+        if connection.dialect.name == "postgresql":
+            # It would rather read a small table whole, if it may.
+            await connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+            explain = "EXPLAIN"
         plan = await connection.exec_driver_sql(
-            f"EXPLAIN QUERY PLAN {compiled}",
-            tuple(compiled.params[name] for name in compiled.positiontup),
+            f"{explain} {compiled}", tuple(compiled.params[name] for name in compiled.positiontup)
         )
-        steps = [row.detail for row in plan]
-    assert len(steps) == 1
-    assert "escrows_live" in steps[0]
+        scans = [step for step in map(str, plan) if "SEARCH" in step or "Scan" in step]
+    assert scans
+    assert all("escrows_live" in step for step in scans)
 
 
-async def test_a_late_deadline_is_stamped_with_its_own_time(tmp_path: Path) -> None:
+async def test_a_late_deadline_is_stamped_with_its_own_time(db: str) -> None:
     """T2: the entry says both when it was written and when it counts."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         await m.open("5.00", expires_in_seconds=1800)
         await alive(m, 2500)
         await m.balance(m.buyer)
@@ -84,9 +86,9 @@ async def test_a_late_deadline_is_stamped_with_its_own_time(tmp_path: Path) -> N
         assert (row.created_at, row.effective_at) == (T0 + 2500, T0 + 1800)
 
 
-async def test_a_closing_session_waits_for_its_newest_voucher(tmp_path: Path) -> None:
+async def test_a_closing_session_waits_for_its_newest_voucher(db: str) -> None:
     """Rule 5: closing ends at the claim_until of the newest token; redeem works until then."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         await m.post(m.buyer, f"/escrow/{name}/close")
         await m.escrow.pass_time(899)
@@ -99,18 +101,18 @@ async def test_a_closing_session_waits_for_its_newest_voucher(tmp_path: Path) ->
         assert (ended["status"], ended["close_reason"]) == ("settled", "buyer_close")
 
 
-async def test_a_close_with_no_live_token_ends_at_once(tmp_path: Path) -> None:
+async def test_a_close_with_no_live_token_ends_at_once(db: str) -> None:
     """Rule 5: when no voucher could count any more the buyer has the rest immediately."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         await m.escrow.pass_time(900)
         closed = (await m.post(m.buyer, f"/escrow/{name}/close")).json()
         assert (closed["status"], closed["close_reason"]) == ("refunded", "buyer_close")
 
 
-async def test_no_token_in_the_last_seconds(tmp_path: Path) -> None:
+async def test_no_token_in_the_last_seconds(db: str) -> None:
     """T4: near its expiry a session issues no token, and takes no top-up that nobody could use."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open(expires_in_seconds=1800))["escrow_id"]
         await m.escrow.pass_time(1499)
         token = (await m.post(m.buyer, f"/escrow/{name}/token")).json()
@@ -121,9 +123,9 @@ async def test_no_token_in_the_last_seconds(tmp_path: Path) -> None:
             assert code_of(answer) == (409, "session_ending")
 
 
-async def test_an_outage_takes_nothing_from_a_provider(tmp_path: Path) -> None:
+async def test_an_outage_takes_nothing_from_a_provider(db: str) -> None:
     """T5: deadlines that passed while the escrow was down wait for 600 s after it is back."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         closing = (await m.open())["escrow_id"]
         expiring = (await m.open(expires_in_seconds=1800))["escrow_id"]
         await m.post(m.buyer, f"/escrow/{closing}/close")
@@ -140,9 +142,9 @@ async def test_an_outage_takes_nothing_from_a_provider(tmp_path: Path) -> None:
         assert (await m.show(expiring))["refunded"] == "3.00"
 
 
-async def test_what_was_due_before_an_outage_stays_due(tmp_path: Path) -> None:
+async def test_what_was_due_before_an_outage_stays_due(db: str) -> None:
     """T2 and T5: a deadline inside the time the service was alive is not postponed later."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open(expires_in_seconds=1800))["escrow_id"]
         await alive(m, 1900)
         m.escrow.clock.advance(5000)
@@ -151,9 +153,9 @@ async def test_what_was_due_before_an_outage_stays_due(tmp_path: Path) -> None:
         assert (await m.show(name))["status"] == "refunded"
 
 
-async def test_a_clock_that_jumps_back_harms_nobody(tmp_path: Path) -> None:
+async def test_a_clock_that_jumps_back_harms_nobody(db: str) -> None:
     """Failures: a clock set back moves only expiry decisions."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         m.escrow.clock.advance(-7200)
         (verdict,) = await m.redeem({"voucher": m.voucher(name, "1"), "amount": "1"})
@@ -162,9 +164,9 @@ async def test_a_clock_that_jumps_back_harms_nobody(tmp_path: Path) -> None:
         assert (await m.show(name))["status"] == "partially_released"
 
 
-async def test_a_clock_that_was_far_ahead_leaves_no_deadline_waiting(tmp_path: Path) -> None:
+async def test_a_clock_that_was_far_ahead_leaves_no_deadline_waiting(db: str) -> None:
     """T5: the grace after a jump ahead ends when the clock is set right again."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open(expires_in_seconds=1800))["escrow_id"]
         for seconds in (10**8, -(10**8)):
             m.escrow.clock.advance(seconds)

@@ -1,7 +1,6 @@
 """Idempotency keys: `docs/money.md` 8."""
 
 import asyncio
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +10,9 @@ from x402mw.escrow.idempotency import KEPT_SECONDS
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_replay_gives_the_stored_answer_and_moves_nothing(tmp_path: Path) -> None:
+async def test_a_replay_gives_the_stored_answer_and_moves_nothing(db: str) -> None:
     """Rule 8: same key and body = the same bytes again, marked, on every route that moves money."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name, other = (await m.open())["escrow_id"], (await m.open())["escrow_id"]
         item = {"voucher": m.voucher(name, "1"), "amount": "1"}
         batch = {"journal": JOURNAL, "serial": 1, "items": [item]}
@@ -36,9 +35,9 @@ async def test_a_replay_gives_the_stored_answer_and_moves_nothing(tmp_path: Path
             assert (await m.balance(m.buyer), await m.balance(m.provider)) == balances
 
 
-async def test_another_body_under_the_same_key(tmp_path: Path) -> None:
+async def test_another_body_under_the_same_key(db: str) -> None:
     """Rule 8: other body = 422; spelling the same JSON differently is the same body."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         first = await m.post(m.buyer, "/escrow", m.wish("2"), key="k")
         other = await m.post(m.buyer, "/escrow", m.wish("3"), key="k")
         assert code_of(other) == (422, "idempotency_mismatch")
@@ -47,9 +46,9 @@ async def test_another_body_under_the_same_key(tmp_path: Path) -> None:
         assert await m.balance(m.buyer) == "98.00"
 
 
-async def test_a_key_is_scoped_to_principal_and_route(tmp_path: Path) -> None:
+async def test_a_key_is_scoped_to_principal_and_route(db: str) -> None:
     """Rule 8: the same key of another agent, or on another path, is another key."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         first, second = [(await m.open())["escrow_id"] for _ in range(2)]
         for name in (first, second):
             await m.post(m.buyer, f"/escrow/{name}/topup", {"amount": "1"}, key="k")
@@ -59,9 +58,9 @@ async def test_a_key_is_scoped_to_principal_and_route(tmp_path: Path) -> None:
         assert (await m.show(second))["amount"] == "6.00"
 
 
-async def test_a_refusal_that_depended_on_state_stays(tmp_path: Path) -> None:
+async def test_a_refusal_that_depended_on_state_stays(db: str) -> None:
     """Rule 8: no funds once means that key never succeeds; a fresh key does."""
-    async with market(tmp_path, balance="1.00") as m:
+    async with market(db, balance="1.00") as m:
         refused = await m.post(m.buyer, "/escrow", m.wish("5"), key="k")
         assert code_of(refused) == (409, "insufficient_funds")
         await m.escrow.deposit(m.buyer.agent_id, "50")
@@ -71,16 +70,16 @@ async def test_a_refusal_that_depended_on_state_stays(tmp_path: Path) -> None:
         assert (await m.post(m.buyer, "/escrow", m.wish("5"), key="fresh")).status_code == 201
 
 
-async def test_what_is_malformed_uses_up_no_key(tmp_path: Path) -> None:
+async def test_what_is_malformed_uses_up_no_key(db: str) -> None:
     """Rule 8: a body that never reached the ledger leaves its key free."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         assert (await m.post(m.buyer, "/escrow", m.wish("x"), key="k")).status_code == 422
         assert (await m.post(m.buyer, "/escrow", m.wish("2"), key="k")).status_code == 201
 
 
-async def test_fifty_at_once_move_money_once(tmp_path: Path) -> None:
+async def test_fifty_at_once_move_money_once(db: str) -> None:
     """Rule 8: while one runs the others get 409 with Retry-After, afterwards the stored answer."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         answers = await asyncio.gather(
             *(m.post(m.buyer, "/escrow", m.wish("2"), key="k") for _ in range(50))
         )
@@ -94,18 +93,18 @@ async def test_fifty_at_once_move_money_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "\xe9"])
-async def test_keys_that_are_no_keys(key: str, tmp_path: Path) -> None:
+async def test_keys_that_are_no_keys(key: str, db: str) -> None:
     """Rule 8: 1 to 255 printable characters, else 400."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         headers = {**m.buyer.headers, "Idempotency-Key": key.encode("latin-1")}
         answer = await m.http.post("/escrow", json=m.wish(), headers=headers)
         assert code_of(answer) == (400, "malformed")
         assert await m.balance(m.buyer) == "100.00"
 
 
-async def test_answers_are_kept_for_a_week(tmp_path: Path) -> None:
+async def test_answers_are_kept_for_a_week(db: str) -> None:
     """Rule 8: kept for 7 days, then forgotten; but not while a jump of the clock may be wrong."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         await m.post(m.buyer, "/escrow", m.wish("2"), key="k")
         for jump, waited, replayed in ((KEPT_SECONDS - 700, 650, True), (0, 100, False)):
             m.escrow.clock.advance(jump)
@@ -114,9 +113,9 @@ async def test_answers_are_kept_for_a_week(tmp_path: Path) -> None:
             assert ("idempotent-replayed" in answer.headers) is replayed
 
 
-async def test_a_clock_that_jumps_ahead_forgets_no_answer(tmp_path: Path) -> None:
+async def test_a_clock_that_jumps_ahead_forgets_no_answer(db: str) -> None:
     """Rule 8 and Failures: after a wrong clock, or a long outage, a retry still moves nothing."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         first = await m.post(m.buyer, "/escrow", m.wish("2"), key="k")
         for jump in (10**8, -(10**8)):
             m.escrow.clock.advance(jump)

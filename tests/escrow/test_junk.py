@@ -3,7 +3,6 @@
 import json
 from decimal import Decimal
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -55,9 +54,9 @@ async def snapshot(m: Market) -> tuple[Any, ...]:
     )
 
 
-async def test_junk_in_any_field_of_any_body(tmp_path: Path) -> None:
+async def test_junk_in_any_field_of_any_body(db: str) -> None:
     """Contract: every field of every body refuses every kind of junk with 4xx."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         bodies: list[tuple[Any, str, dict[str, Any]]] = [
             (m.buyer, "/escrow", m.wish(expires_in_seconds=3600)),
@@ -88,9 +87,9 @@ def json_of(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-async def test_junk_in_items_never_blocks_the_others(tmp_path: Path) -> None:
+async def test_junk_in_items_never_blocks_the_others(db: str) -> None:
     """Rule 4: an item that cannot count gets its own verdict; malformed shapes refuse the batch."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         junk = [{"voucher": text, "amount": "1"} for text in VALUES if isinstance(text, str)]
         junk = [item for item in junk if len(item["voucher"]) <= 1024]
@@ -100,18 +99,18 @@ async def test_junk_in_items_never_blocks_the_others(tmp_path: Path) -> None:
         assert {item["code"] for item in verdicts if not item["ok"]} == {"malformed"}
 
 
-async def test_bodies_that_are_not_strict_json(tmp_path: Path) -> None:
+async def test_bodies_that_are_not_strict_json(db: str) -> None:
     """Contract: bodies are strict JSON objects, or 400 and 422."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         for path in ("/agents", "/escrow", "/redeem"):
             for raw in RAW_BODIES:
                 answer = await m.http.post(path, content=raw, headers=m.buyer.headers)
                 assert code_of(answer) in ((400, "malformed"), (422, "invalid_request")), raw[:30]
 
 
-async def test_bodies_over_the_limit(tmp_path: Path) -> None:
+async def test_bodies_over_the_limit(db: str) -> None:
     """Contract: 64 KiB for a body, 1 MiB for a redemption, announced or not, else 413."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
 
         async def endless(chunks: int) -> Any:
             for _ in range(chunks):
@@ -127,10 +126,10 @@ async def test_bodies_over_the_limit(tmp_path: Path) -> None:
         assert code_of(fits) == (422, "invalid_request")
 
 
-async def test_bodies_of_countless_small_values(tmp_path: Path) -> None:
+async def test_bodies_of_countless_small_values(db: str) -> None:
     """Contract: at most 5000 values in a body, so that no body keeps the service from others."""
     members = ",".join(f'"k{number}":1' for number in range(5001)).encode()
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         for raw in (b"{" + members + b"}", b'{"items":[{' + members + b"}]}"):
             answer = await m.http.post("/redeem", content=raw, headers=m.provider.headers)
             assert code_of(answer) == (413, "body_too_large")
@@ -138,9 +137,9 @@ async def test_bodies_of_countless_small_values(tmp_path: Path) -> None:
         assert (await m.post(m.buyer, "/escrow", memo)).status_code == 201
 
 
-async def test_headers_without_end(tmp_path: Path) -> None:
+async def test_headers_without_end(db: str) -> None:
     """Contract: headers have a limit, whichever HTTP parser happens to be installed."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         host, port = m.escrow.url.removeprefix("http://").split(":")
         async with await anyio.connect_tcp(host, int(port)) as stream:
             lines = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 1000) for number in range(64))
@@ -148,40 +147,40 @@ async def test_headers_without_end(tmp_path: Path) -> None:
             assert (await stream.receive()).startswith(b"HTTP/1.1 400 ")
 
 
-async def test_more_than_a_thousand_items(tmp_path: Path) -> None:
+async def test_more_than_a_thousand_items(db: str) -> None:
     """Contract: a batch has at most 1000 items."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         items = [{"voucher": "x", "amount": "1"}] * 1001
         body = {"journal": JOURNAL, "serial": 1, "items": items}
         assert code_of(await m.post(m.provider, "/redeem", body)) == (422, "invalid_request")
 
 
-async def test_paths_that_name_nothing(tmp_path: Path) -> None:
+async def test_paths_that_name_nothing(db: str) -> None:
     """Contract: unknown paths and ids are problems with 404."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         for path in PATHS:
             answer = await m.http.get(path, headers=m.buyer.headers)
             assert code_of(answer) == (404, "not_found"), path
 
 
-async def test_methods_that_are_not_there(tmp_path: Path) -> None:
+async def test_methods_that_are_not_there(db: str) -> None:
     """Contract: a wrong method is a problem with 405 and Allow."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         for method, path in (("PUT", "/escrow"), ("GET", "/redeem"), ("DELETE", "/agents/me")):
             answer = await m.http.request(method, path, headers=m.buyer.headers)
             assert code_of(answer) == (405, "method_not_allowed")
             assert "allow" in answer.headers
 
 
-async def test_queries_that_mean_nothing(tmp_path: Path) -> None:
+async def test_queries_that_mean_nothing(db: str) -> None:
     """Contract: query values are checked as strictly as bodies."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         for query in QUERIES:
             answer = await m.http.get(query, headers=m.buyer.headers)
             assert code_of(answer) == (422, "invalid_request"), query
 
 
-async def test_strangers_are_asked_who_they_are(tmp_path: Path) -> None:
+async def test_strangers_are_asked_who_they_are(db: str) -> None:
     """Contract: without a good API key every route of agents answers 401 and changes nothing."""
     routes = (
         ("GET", "/agents/me"),
@@ -194,7 +193,7 @@ async def test_strangers_are_asked_who_they_are(tmp_path: Path) -> None:
         ("POST", "/redeem"),
         ("GET", "/changes"),
     )
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         for header, (method, path) in product(AUTHORIZATIONS, routes):
             headers = {"Authorization": header.encode("latin-1")}
             answer = await m.http.request(method, path, headers=headers)
@@ -202,9 +201,9 @@ async def test_strangers_are_asked_who_they_are(tmp_path: Path) -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
 
 
-async def test_amounts_in_odd_spellings(tmp_path: Path) -> None:
+async def test_amounts_in_odd_spellings(db: str) -> None:
     """M2 and M4: what Decimal reads is accepted, an exponent too; totals keep whole units."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open("5e0"))["escrow_id"]
         for text, released in (("8.400000000000001e-05", "0.000084"), ("1E-1", "0.10")):
             answer = await m.post(m.buyer, f"/escrow/{name}/release", {"cumulative": text})
@@ -212,9 +211,9 @@ async def test_amounts_in_odd_spellings(tmp_path: Path) -> None:
         assert Decimal((await m.show(name))["remaining"]) == Decimal("4.90")
 
 
-async def test_a_client_that_hangs_up_harms_nobody(tmp_path: Path) -> None:
+async def test_a_client_that_hangs_up_harms_nobody(db: str) -> None:
     """Contract: half a request changes nothing and the service goes on."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         host, port = m.escrow.url.removeprefix("http://").split(":")
         for _ in range(3):
             stream = await anyio.connect_tcp(host, int(port))

@@ -1,4 +1,4 @@
-"""The ledger under any sequence of operations, on real SQLite files with a moving clock.
+"""The ledger under any sequence of operations, on both databases with a moving clock.
 
 Two ledgers do the same things: one is swept after every step, the other never. After every step
 the whole books are proven, totals have not fallen, and a refused operation has left every row
@@ -21,7 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import event, select
 
 from tests.escrow.market import JOURNAL, RECEIPT_KEY, SESSION_KEY
-from tests.support.escrow import ROOT_SEED, MovingClock
+from tests.support.escrow import ROOT_SEED, MovingClock, empty_books
+from tests.support.postgresql import shared_server
 from x402mw.core.amounts import USDC, Atomic
 from x402mw.escrow import agents, bodies, books, redemption, schema, sessions
 from x402mw.escrow.idempotency import Answer, Key
@@ -43,7 +44,7 @@ TOTALS = ("amount", "released", "redeemed", "refunded", "fee", "referral", "chan
 
 @cache
 def empty_database() -> Path:
-    """A migrated database to copy, so that examples start fast."""
+    """A migrated SQLite database to copy, so that examples start fast."""
     path = Path(tempfile.mkdtemp(prefix="x402mw-")) / "empty.db"
 
     async def make() -> None:
@@ -57,8 +58,8 @@ def empty_database() -> Path:
 class World:
     """One ledger with its parties. Names are random, so things are known by their number."""
 
-    def __init__(self, path: Path, clock: MovingClock) -> None:
-        self.path, self.clock = path, clock
+    def __init__(self, url: str, clock: MovingClock) -> None:
+        self.url, self.clock = url, clock
         self.ledger: Ledger
         self.buyers: list[str] = []
         self.providers: list[str] = []
@@ -66,11 +67,10 @@ class World:
 
     async def start(self) -> None:
         """Registers two buyers with money and two providers with journals."""
-        self.ledger = await open_ledger(
-            Settings(str(self.path), ROOT_SEED), self.clock, serving=True
-        )
+        self.ledger = await open_ledger(Settings(self.url, ROOT_SEED), self.clock, serving=True)
         engine = self.ledger._engine.sync_engine
-        event.listen(engine, "connect", lambda db, _: db.execute("PRAGMA synchronous = OFF"))
+        if engine.dialect.name == "sqlite":
+            event.listen(engine, "connect", lambda db, _: db.execute("PRAGMA synchronous = OFF"))
         async with self.ledger.write() as tx:
             for number in range(2):
                 buyer = (await agents.register(tx, "buyer"))["agent_id"]
@@ -132,6 +132,14 @@ class Trade(RuleBasedStateMachine):
         self.done: list[tuple[int, str, Callable[[World], Work], Key]] = []
         self.totals: dict[str, Escrow] = {}
 
+    def new_database(self, name: str) -> str:
+        """A migrated database for one world."""
+        return str(shutil.copy(empty_database(), self.folder / name))
+
+    def remove_databases(self) -> None:
+        """Deletes what `new_database` made."""
+        shutil.rmtree(self.folder)
+
     def run(self, work: Awaitable[Any]) -> Any:
         """Runs a coroutine on this machine's own loop."""
         return self.runner.run(work)
@@ -141,8 +149,7 @@ class Trade(RuleBasedStateMachine):
         """Two worlds from the same empty books."""
         self.worlds = []
         for name in ("swept.db", "lazy.db"):
-            shutil.copy(empty_database(), self.folder / name)
-            self.worlds.append(World(self.folder / name, self.clock))
+            self.worlds.append(World(self.new_database(name), self.clock))
             self.run(self.worlds[-1].start())
         self.swept, self.lazy = self.worlds
 
@@ -333,11 +340,23 @@ class Trade(RuleBasedStateMachine):
             for world in self.worlds:
                 self.run(world.ledger.close())
         self.runner.close()
-        shutil.rmtree(self.folder)
+        self.remove_databases()
+
+
+class PostgresqlTrade(Trade):
+    """The same on PostgreSQL."""
+
+    def new_database(self, name: str) -> str:
+        return shared_server().new_database(empty_books())
+
+    def remove_databases(self) -> None:
+        super().remove_databases()
+        for world in getattr(self, "worlds", ()):
+            shared_server().drop_database(world.url)
 
 
 LONG = bool(os.environ.get("X402MW_LONG"))
-TestTrade = Trade.TestCase
-TestTrade.settings = hypothesis_settings(
-    max_examples=300 if LONG else 8, stateful_step_count=60 if LONG else 25, deadline=None
+TestTrade, TestTradeOnPostgresql = Trade.TestCase, PostgresqlTrade.TestCase
+TestTrade.settings = TestTradeOnPostgresql.settings = hypothesis_settings(
+    max_examples=300 if LONG else 6, stateful_step_count=60 if LONG else 25, deadline=None
 )

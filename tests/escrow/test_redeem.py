@@ -1,7 +1,5 @@
 """Redemption: batches of vouchers, judged one by one, applied together."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.escrow.market import JOURNAL, code_of, make_voucher, market
@@ -10,9 +8,9 @@ from x402mw.core.vouchers import network_id
 pytestmark = pytest.mark.anyio
 
 
-async def test_what_was_charged_is_paid_not_what_was_signed(tmp_path: Path) -> None:
+async def test_what_was_charged_is_paid_not_what_was_signed(db: str) -> None:
     """Rule 4: R := max(R, min(y, cumulative, L)); items above voucher or deposit are clamped."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open("5.00"))["escrow_id"]
         for cumulative, amount, redeemed in (
             ("2.00", "0.50", "0.50"),
@@ -27,9 +25,9 @@ async def test_what_was_charged_is_paid_not_what_was_signed(tmp_path: Path) -> N
         assert await m.balance(m.provider) == "4.95"
 
 
-async def test_a_buyers_release_and_vouchers_move_one_counter(tmp_path: Path) -> None:
+async def test_a_buyers_release_and_vouchers_move_one_counter(db: str) -> None:
     """Rule 4: the same work is never paid twice; redeemed is kept apart from released."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open("5.00"))["escrow_id"]
         await m.post(m.buyer, f"/escrow/{name}/release", {"cumulative": "3.00"})
         (verdict,) = await m.redeem({"voucher": m.voucher(name, "2"), "amount": "2"})
@@ -37,9 +35,9 @@ async def test_a_buyers_release_and_vouchers_move_one_counter(tmp_path: Path) ->
         assert await m.balance(m.provider) == "2.97"
 
 
-async def test_one_session_many_times_in_a_batch(tmp_path: Path) -> None:
+async def test_one_session_many_times_in_a_batch(db: str) -> None:
     """Rule 4: duplicates of a session count as one; the largest wins, each gets its verdict."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         items = [
             {"voucher": m.voucher(name, "3"), "amount": amount, "final": amount == "1"}
@@ -52,9 +50,9 @@ async def test_one_session_many_times_in_a_batch(tmp_path: Path) -> None:
         assert await m.balance(m.buyer) == "97.00"
 
 
-async def test_one_poison_item_never_blocks_the_rest(tmp_path: Path) -> None:
+async def test_one_poison_item_never_blocks_the_rest(db: str) -> None:
     """Rule 4: every wrong item has its own code; the good ones are paid all the same."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         mine, ended = (await m.open())["escrow_id"], (await m.open())["escrow_id"]
         await m.post(m.provider, f"/escrow/{ended}/close")
         elsewhere = make_voucher(network_id("escrow:other", b"k" * 32), mine, "1")
@@ -79,9 +77,9 @@ async def test_one_poison_item_never_blocks_the_rest(tmp_path: Path) -> None:
         assert verdicts[-1]["redeemed"] == "1.00"
 
 
-async def test_only_the_provider_of_a_session_redeems_it(tmp_path: Path) -> None:
+async def test_only_the_provider_of_a_session_redeems_it(db: str) -> None:
     """Rule 4: a good voucher in other hands, the buyer's included, is an unknown session."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         for number, agent in enumerate((m.buyer, await m.escrow.new_agent("thief"))):
             journal = f"jr_{number:032x}"
@@ -94,9 +92,9 @@ async def test_only_the_provider_of_a_session_redeems_it(tmp_path: Path) -> None
         assert await m.balance(m.provider) == "0.00"
 
 
-async def test_a_final_item_closes_at_once(tmp_path: Path) -> None:
+async def test_a_final_item_closes_at_once(db: str) -> None:
     """Rule 5: final refunds the rest in the same transaction, from open and from closing."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         first, second, third = [(await m.open())["escrow_id"] for _ in range(3)]
         await m.post(m.buyer, f"/escrow/{second}/close")
         verdicts = await m.redeem(
@@ -109,9 +107,9 @@ async def test_a_final_item_closes_at_once(tmp_path: Path) -> None:
         assert (await m.show(second))["close_reason"] == "provider_close"
 
 
-async def test_repeating_a_final_redemption_is_done_not_failed(tmp_path: Path) -> None:
+async def test_repeating_a_final_redemption_is_done_not_failed(db: str) -> None:
     """I11: what an ended session already paid is ok again, more is not."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         name = (await m.open())["escrow_id"]
         final = {"voucher": m.voucher(name, "2"), "amount": "2", "final": True}
         first = await m.redeem(final)
@@ -121,9 +119,9 @@ async def test_repeating_a_final_redemption_is_done_not_failed(tmp_path: Path) -
         assert (more["ok"], more["code"]) == (False, "invalid_state")
 
 
-async def test_a_full_batch(tmp_path: Path) -> None:
+async def test_a_full_batch(db: str) -> None:
     """Contract: 1000 items in one call, many sessions, applied as sets."""
-    async with market(tmp_path, balance="1000.00") as m:
+    async with market(db, balance="1000.00") as m:
         names = [(await m.open("1.00"))["escrow_id"] for _ in range(20)]
         items = [
             {"voucher": m.voucher(name, "1"), "amount": f"0.{cents:02}"}
@@ -137,9 +135,9 @@ async def test_a_full_batch(tmp_path: Path) -> None:
         assert (await m.escrow.check()) == []
 
 
-async def test_a_batch_for_an_unknown_journal(tmp_path: Path) -> None:
+async def test_a_batch_for_an_unknown_journal(db: str) -> None:
     """Contract: the journal of a batch must be the caller's own."""
-    async with market(tmp_path) as m:
+    async with market(db) as m:
         body = {"journal": "jr_" + "f" * 32, "serial": 1, "items": []}
         assert code_of(await m.post(m.provider, "/redeem", body)) == (404, "not_found")
         body["journal"] = JOURNAL

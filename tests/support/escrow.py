@@ -9,24 +9,31 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tests.support.postgresql import database_name, shared_server
 from x402mw.core.amounts import to_atomic
 from x402mw.core.keys import public_key
 from x402mw.core.strict import b64url_encode
 from x402mw.escrow import agents
 from x402mw.escrow.api import create_app
 from x402mw.escrow.books import audit
-from x402mw.escrow.ledger import Ledger
+from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.serve import AnnouncingServer, bind, url_of
 from x402mw.escrow.settings import Settings
 
 ROOT_SEED = bytes(range(32))
 START = 1_800_000_000.0
 HEARTBEAT_STEP = 50
+
+
+def database_in(place: Path | str) -> str:
+    """The database that a test means: a file in a folder, or a URL as it stands."""
+    return place if isinstance(place, str) else str(place / "escrow.db")
 
 
 class MovingClock:
@@ -41,6 +48,18 @@ class MovingClock:
     def advance(self, seconds: float) -> None:
         """Moves on. An escrow on this clock sees a jump over 60 s as an outage of its own."""
         self.now += seconds
+
+
+@cache
+def empty_books() -> str:
+    """The name of a PostgreSQL database with our tables in it, to copy: quicker than migrating."""
+    url = shared_server().new_database()
+
+    async def make() -> None:
+        await (await open_ledger(Settings(url, ROOT_SEED), MovingClock(), serving=False)).close()
+
+    asyncio.run(make())
+    return database_name(url)
 
 
 @dataclass
@@ -99,14 +118,15 @@ class RunningEscrow:
 
 @asynccontextmanager
 async def running_escrow(
-    tmp_path: Path, clock: Callable[[], float] | None = None, **changes: Any
+    place: Path | str, clock: Callable[[], float] | None = None, **changes: Any
 ) -> AsyncIterator[RunningEscrow]:
     """Serves an escrow on a free port of this machine; `changes` are fields of `Settings`.
 
-    Without a `clock` it is a `MovingClock` that stands still; pass `time.time` for real time.
+    `place` is a folder for a SQLite file, or the URL of a database. Without a `clock` it is a
+    `MovingClock` that stands still; pass `time.time` for real time.
     At the end the books must balance.
     """
-    settings = replace(Settings(str(tmp_path / "escrow.db"), ROOT_SEED), **changes)
+    settings = replace(Settings(database_in(place), ROOT_SEED), **changes)
     clock = clock or MovingClock()
     app = create_app(settings, clock=clock)
     sock = bind("127.0.0.1", 0)
@@ -138,8 +158,8 @@ async def _stop(server: AnnouncingServer) -> None:
 class EscrowProcess:
     """A real `x402mw escrow serve` process on one database and port, which may die and return."""
 
-    def __init__(self, db: Path | str, *options: str, port: int = 0) -> None:
-        self.db = str(db)
+    def __init__(self, db: str, *options: str, port: int = 0) -> None:
+        self.db = db
         self.port = port
         self.url = ""
         self.root_key = ""
@@ -207,9 +227,12 @@ class EscrowProcess:
 
 
 @contextmanager
-def escrow_process(tmp_path: Path, *options: str, port: int = 0) -> Iterator[EscrowProcess]:
-    """Runs a real escrow process for a block; it is killed at the end if it still runs."""
-    process = EscrowProcess(tmp_path / "escrow.db", *options, port=port)
+def escrow_process(place: Path | str, *options: str, port: int = 0) -> Iterator[EscrowProcess]:
+    """Runs a real escrow process for a block; it is killed at the end if it still runs.
+
+    `place` is a folder for a SQLite file, or the URL of a database.
+    """
+    process = EscrowProcess(database_in(place), *options, port=port)
     process.start()
     try:
         yield process

@@ -110,7 +110,9 @@ class Server:
     def new_database(self, template: str = "template1") -> str:
         """Makes a database and returns its URL; `template` is the name of one to copy."""
         name = f"t_{secrets.token_hex(8)}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        # Copying files is quicker, where the checkpoint that it needs costs nothing.
+        strategy = "WAL_LOG" if self._durable else "FILE_COPY"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY {strategy}")
         return self.url(name)
 
     def drop_database(self, url: str) -> None:
