@@ -111,3 +111,12 @@ def test_values_that_only_python_calls_equal_differ(left: Any, right: Any) -> No
 def test_a_value_is_the_same_as_itself(value: Any) -> None:
     """A value is the same as its copy."""
     assert strict.same(value, strict.loads(strict.dumps(value), nesting_max=64))
+
+
+def test_what_cannot_be_echoed_is_malformed() -> None:
+    """A number with a point has no exact way back, so nothing that must be echoed may hold one."""
+    for raw in (b"1.5", b'{"extra":{"rate":1e-7}}', b"[1.0]"):
+        with pytest.raises(Malformed):
+            strict.dumps(strict.loads(raw))
+    with pytest.raises(TypeError):
+        strict.dumps({"key": b"bytes"})

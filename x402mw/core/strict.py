@@ -58,11 +58,17 @@ def _no_constant(name: str) -> NoReturn:
     raise Malformed(f"{name} is not JSON")
 
 
+def _no_echo(value: object) -> NoReturn:
+    if isinstance(value, Decimal):
+        raise Malformed("a number with a point cannot be written as it was read")
+    raise TypeError(f"{type(value).__name__} has no JSON")
+
+
 # Made once: a new one for every message costs more than most messages do.
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_float=_exact_number
 )
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_no_echo)
 
 
 def _check_nesting(value: Any, levels_left: int) -> None:
@@ -93,7 +99,10 @@ def same(left: Any, right: Any) -> bool:
 
 
 def dumps(value: Any) -> bytes:
-    """Writes JSON compactly: what goes into headers should be short."""
+    """Writes JSON compactly: what goes into headers should be short.
+
+    Raises `Malformed` for what `loads` read and nobody can echo: a number with a point.
+    """
     return _ENCODER.encode(value).encode()
 
 
