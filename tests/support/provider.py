@@ -26,8 +26,10 @@ from x402mw.core import gate
 from x402mw.core.amounts import Atomic
 from x402mw.core.keys import public_key
 from x402mw.core.sessions import Account
+from x402mw.core.telemetry import Telemetry
 from x402mw.core.terms import control_terms
 from x402mw.provider import PaymentMiddleware, PriceList
+from x402mw.provider.events import Events
 from x402mw.provider.journal import Journal, Report
 from x402mw.provider.offers import Seller, make_book, serve_routes
 from x402mw.provider.provider import Prices
@@ -66,6 +68,7 @@ class Redeemer:
         self.journal = journal
         self.works = True
         self.failing = False
+        self.lag = 0.0
         self.nudges = 0
         self.closed: list[bytes] = []
 
@@ -98,6 +101,7 @@ class Desk:
     clock: Clock = field(default_factory=Clock)
     retired: dict[bytes, int] = field(default_factory=dict)
     starts: int = 0
+    telemetry: Telemetry | None = None
 
     async def start(self, prices: Prices, *, path_prefix: str, control_path: str) -> Service:
         """Does what `Provider.start` does, without an escrow."""
@@ -121,6 +125,7 @@ class Desk:
             unredeemed_max=Atomic(self.unredeemed_max),
             quota=Quota(self.per_minute),
             clock=self.clock,
+            events=Events(self.telemetry),
         )
         service.served = serve_routes(seller, prices)
         service.book = make_book(

@@ -85,6 +85,8 @@ async def _read(
 async def _close(service: Service, claim: Claim) -> tuple[int, int]:
     """Takes a close as far as it goes now; returns the status and when to ask again."""
     view = await service.journal.begin_close(claim)
+    if not view.ended:
+        service.events.closing(claim.session)
     if view.open_calls:
         return 202, RUNNING_RETRY_SECONDS
     if not view.ended and not await service.redeemer.redeem_session(claim.session, final=True):

@@ -140,7 +140,9 @@ class EscrowLink:
         slack = CLOCK_SKEW_MAX_SECONDS
         skewed = not asked_at - slack <= date <= answered_at + slack
         if skewed and not self._skewed:
-            log.error("the escrow's clock differs from ours by %d s", int(date - answered_at))
+            off = int(date - answered_at)
+            more = {"event": "clock_off", "seconds": off}
+            log.error("the escrow's clock differs from ours by %d s", off, extra=more)
         self._skewed = skewed
 
     # Tokens.
@@ -204,7 +206,8 @@ class EscrowLink:
         try:
             await self.refresh_keys()
         except X402mwError as error:
-            log.warning("the escrow's key set could not be refreshed: %s", error)
+            more = {"event": "keys_stale", "reason": error.code}
+            log.warning("the escrow's key set could not be refreshed: %s", error, extra=more)
 
     # The first start.
 

@@ -145,6 +145,7 @@ class PaymentMiddleware:
                 except BaseException:
                     await self._stop()
                     raise
+                self._service.begin_figures()
             return self._service
 
     async def _stop(self) -> None:
@@ -226,8 +227,14 @@ class PaymentMiddleware:
                 await visit.run(self.app)
             else:
                 await answers.send_unpaid(scope, send, served, origin)
+                service.events.challenged(served)
         except (Refused, JournalUnavailable) as error:
-            refusal = error if isinstance(error, Refused) else answers.unavailable()
+            if isinstance(error, Refused):
+                refusal = error
+            else:
+                refusal = answers.unavailable()
+                service.events.journal_unavailable()
+            service.events.refused(served, refusal.status, refusal.reason)
             name_refusal(refusal, request.payment_headers(scope))
             await answers.send_refusal(scope, send, service.book, refusal, served, origin)
         except Disconnected:

@@ -4,14 +4,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import AmountInvalid, ConfigurationError, Malformed
 from x402mw.core.keys import PUBLIC_KEY_BYTES
 from x402mw.core.pricing import Free
 from x402mw.core.strict import b64url_decode
+from x402mw.core.telemetry import Telemetry
 from x402mw.provider.checks import check_times
+from x402mw.provider.events import Events
 from x402mw.provider.journal import Journal
 from x402mw.provider.link import EscrowLink
 from x402mw.provider.offers import Seller, make_book, serve_routes
@@ -38,7 +40,7 @@ class Provider:
     ("https://api.example.com"); a loopback address needs none. `escrow_root` pins the escrow's root
     key (base64url); without it the first one seen is pinned. `durability` "fsync" survives power
     loss, "process" only the loss of the process. At most `unredeemed_max` (display units) is served
-    on credit while the escrow is away.
+    on credit while the escrow is away. `telemetry` takes figures (`docs/operations.md`).
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Provider:
         redeem_seconds: int = REDEEM_SECONDS,
         free_calls_per_minute: int = FREE_CALLS_PER_MINUTE,
         clock: Callable[[], float] = time.time,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._escrow = escrow.rstrip("/")
         self._api_key = api_key
@@ -68,14 +71,15 @@ class Provider:
         self._redeem_seconds = redeem_seconds
         self._free_calls_per_minute = free_calls_per_minute
         self._clock = clock
+        self._telemetry = telemetry
 
     @classmethod
-    def from_env(cls) -> "Provider":
-        """Reads the `X402MW_*` settings that `x402mw register` prints.
+    def from_env(cls, **more: Any) -> "Provider":
+        """Reads the `X402MW_*` settings that `x402mw register` prints; `more` is passed on.
 
         Raises `ConfigurationError` naming what is missing.
         """
-        return cls(**read_settings())
+        return cls(**read_settings(), **more)
 
     async def start(self, prices: Prices, *, path_prefix: str, control_path: str) -> Service:
         """Opens the journal, meets the escrow, and returns what requests need.
@@ -109,6 +113,7 @@ class Provider:
     async def _serve(
         self, journal: Journal, link: EscrowLink, prices: Prices, path_prefix: str, control: str
     ) -> Service:
+        events = Events(self._telemetry)
         redeemer = Redeemer(journal, link, by_age=self._redeem_seconds)
 
         async def rebuild() -> None:
@@ -138,6 +143,7 @@ class Provider:
             unredeemed_max=self._unredeemed_max,
             quota=Quota(self._free_calls_per_minute),
             clock=self._clock,
+            events=events,
         )
         await rebuild()
         await redeemer.start(on_replaced=rebuild)

@@ -14,7 +14,6 @@ delivered (`docs/protocol.md`, Charges).
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -30,8 +29,6 @@ from x402mw.provider.journal import Admitted, JournalUnavailable, Settled
 from x402mw.provider.meter import Payment
 from x402mw.provider.prices import STORED_BODY_BYTES_MAX
 from x402mw.provider.service import Service
-
-log = logging.getLogger("x402mw.provider")
 
 MARK_SECONDS = 1.0
 _OURS = (b"payment-response", b"payment-required", b"payment-signature")
@@ -73,10 +70,12 @@ class PaidCall:
         """Runs the handler, and leaves no way out of it without a settled charge."""
         running, key = self.service.running, (self.claim.session, self.claim.seq)
         running.add(key)
+        since = self.service.events.now()
         try:
             await self._run(app, receive)
         finally:
             running.discard(key)
+            self.service.events.served(self.served, since)
 
     async def _run(self, app: ASGIApp, receive: Receive) -> None:
         self.limit = asyncio.timeout(self.served.route.options.timeout_seconds)
@@ -88,7 +87,8 @@ class PaidCall:
             answered = await self._end(tell=isinstance(error, Exception))
             if not answered or not (self.limit.expired() or self.unavailable):
                 raise
-            log.warning("a call to %s was ended: %s", self.served.route.template, error)
+            cause = "timeout" if self.limit.expired() else "journal"
+            self.service.events.stopped(self.served, cause)
         else:
             await self._end(tell=True)
         finally:
@@ -171,9 +171,12 @@ class PaidCall:
 
     async def _settle(self, outcome: Outcome | None = None) -> None:
         used = self.payment.used if self.charged else None
+        events = self.service.events
+        since = events.now()
         self.settled = await self.service.settle(
             self.admitted, used=used, outcome=outcome, begun=self.started
         )
+        events.charged(self.served, self.claim.session, self.settled.charge, since)
         self.payment.settled()
 
     async def _durably(self, write: Awaitable[T]) -> T:
@@ -184,6 +187,7 @@ class PaidCall:
             return await write
         except JournalUnavailable:
             self.unavailable = True
+            self.service.events.journal_unavailable()
             raise ConnectionAbortedError("the journal cannot be written") from None
         finally:
             self.limit.reschedule(deadline)

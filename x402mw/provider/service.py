@@ -11,9 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from x402mw.core import telemetry as figures
 from x402mw.core.amounts import Atomic
 from x402mw.core.gate import Book, Outcome, Standing
 from x402mw.provider.answers import ServedRoute
+from x402mw.provider.events import Events
 from x402mw.provider.journal import Admitted, Journal, JournalUnavailable, Settled
 from x402mw.provider.link import EscrowLink
 from x402mw.provider.redeemer import Redeemer
@@ -71,11 +73,22 @@ class Service:
     unredeemed_max: Atomic
     quota: Quota
     clock: Callable[[], float]
+    events: Events = field(default_factory=Events)
     book: Book = field(init=False)
     served: dict[tuple[str, str], ServedRoute] = field(init=False)
     running: set[tuple[bytes, int]] = field(default_factory=set)
     _tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     _stopping: bool = False
+
+    def begin_figures(self) -> None:
+        """Starts to pass figures on: what happens from now on, and how things stand."""
+        self.events.begin(
+            {
+                figures.OPEN_CALLS: lambda: len(self.running),
+                figures.UNREDEEMED: lambda: self.journal.unredeemed,
+                figures.ESCROW_AWAY: lambda: int(self.link.away or self.redeemer.failing),
+            }
+        )
 
     def standing(self, session: bytes, unredeemed: Atomic) -> Standing:
         """What bears on admission besides the rows; called inside the write transaction."""
@@ -118,7 +131,10 @@ class Service:
             try:
                 await self.journal.settle(admitted, used=used, outcome=None)
             except JournalUnavailable:
-                log.warning("the journal still cannot write; a call waits to be settled")
+                more = {"event": "settlement_waits"}
+                log.warning(
+                    "the journal still cannot write; a call waits to be settled", extra=more
+                )
             else:
                 return
 
@@ -130,6 +146,7 @@ class Service:
     async def stop(self) -> None:
         """Stops what runs behind, hands in what is owed, and closes the journal."""
         self._stopping = True
+        self.events.end()
         if self._tasks:
             # These settle calls; only what the journal will not take now is left to its recovery.
             _, late = await asyncio.wait(self._tasks, timeout=STOP_SECONDS)

@@ -44,10 +44,13 @@ class PaidVisit:
         claim = gate.inspect(values, service.book, service.link.open_token)
         await self._bind(claim)
         who = request.credentials(self.scope)
+        since = service.events.now()
         admitted = await self._admit(claim, who)
         if isinstance(admitted, Outcome):
             await self._replay(claim, admitted)
+            service.events.replayed(self.served)
         else:
+            service.events.admitted(claim.session, first=admitted.first, since=since)
             await self._serve(app, claim, admitted, who)
 
     async def _bind(self, claim: Claim) -> None:

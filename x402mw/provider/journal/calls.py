@@ -25,13 +25,17 @@ KEEP_SECONDS = 600
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A call that is reserved; it ends with `settle`, whatever happens. `amount` is atomic."""
+    """A call that is reserved; it ends with `settle`, whatever happens. `amount` is atomic.
+
+    `first` tells that it is the first one of its session.
+    """
 
     session: bytes
     seq: int
     commitment: bytes
     terms: Terms
     amount: Atomic
+    first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,8 @@ def admit(
     if isinstance(verdict, gate.Outcome):
         return verdict
     _reserve(transaction, claim, row or first_seen(claim), verdict)
-    return Admitted(claim.session, claim.seq, claim.commitment, claim.terms, claim.terms.amount)
+    terms, first = claim.terms, row is None
+    return Admitted(claim.session, claim.seq, claim.commitment, terms, terms.amount, first=first)
 
 
 def _check_forgotten(transaction: Transaction, claim: gate.Claim) -> None:

@@ -1,0 +1,1 @@
+"""For operators: where figures and log records go."""
