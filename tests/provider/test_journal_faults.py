@@ -16,6 +16,7 @@ from tests.support.payments import SESSION
 from x402mw.core.amounts import Atomic
 from x402mw.provider.journal import Admitted, Journal, JournalUnavailable, schema
 from x402mw.provider.journal import journal as journal_module
+from x402mw.provider.journal.store import RowRefused
 from x402mw.provider.journal.transaction import Transaction
 from x402mw.provider.journal.writer import Writer
 
@@ -63,8 +64,8 @@ async def everything(journal: Journal, path: str) -> list[Any]:
 
 def limit_pages(journal: Journal, more: int) -> None:
     """Fills the disk, but for so many pages."""
-    (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
-    journal._connection.execute(f"PRAGMA max_page_count = {pages + more}")
+    (pages,) = journal._store.connection.execute("PRAGMA page_count").fetchone()
+    journal._store.connection.execute(f"PRAGMA max_page_count = {pages + more}")
 
 
 async def test_full_disk(journal: Journal, path: str) -> None:
@@ -165,7 +166,7 @@ async def test_one_bad_operation_hurts_no_other(journal: Journal) -> None:
     bad = [journal._do(wrong), journal._do(impossible)]
     answers = await asyncio.gather(*good[:20], *bad, *good[20:], return_exceptions=True)
     failed = [answer for answer in answers if isinstance(answer, Exception)]
-    assert [type(error) for error in failed] == [ZeroDivisionError, sqlite3.IntegrityError]
+    assert [type(error) for error in failed] == [ZeroDivisionError, RowRefused]
     account = await journal.account(SESSION)
     assert account is not None
     assert (account.charged, account.reserved) == (0, 49_000)
@@ -212,6 +213,6 @@ def test_a_loop_that_ended_harms_nobody(path: str) -> None:
 def test_durability(path: str, durability: Any, synchronous: int) -> None:
     """By default a commit is on the disk before it is acknowledged (SQLite FULL, in WAL mode)."""
     journal = Journal.open(path, durability=durability)
-    assert journal._connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
-    assert journal._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert journal._store.connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
+    assert journal._store.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     journal.close()

@@ -187,7 +187,10 @@ class JournalAndModel(RuleBasedStateMachine):
         released = amount if session is None else max(session.released, amount)
         redeemed = session.redeemed if session else 0
         report = Report(name, Atomic(redeemed), Atomic(released), ended=False)
-        assert not self.do(self.journal.apply_changes([report], self.seq))
+        turned = self.journal.changes_cursor
+        page = {"since": turned, "until": turned + 1, "serial": 0}
+        apply = self.journal.apply_changes([report], journal=self.journal.journal_id, **page)
+        assert not self.do(apply)
         if session is not None:
             session.released = released
             if session.charged <= session.paid:

@@ -84,7 +84,7 @@ async def test_many_calls_are_pruned_bit_by_bit(journal: Journal, clock: Clock, 
         await paid(journal, seq)
     connection = sqlite3.connect(path)
     copy = "INSERT INTO calls SELECT session, seq + ?, commitment, terms, amount, state, mark,"
-    copy += " mark_units, charge, used, forget_at FROM calls WHERE seq < 20"
+    copy += " mark_units, charge, used, forget_at, worker FROM calls WHERE seq < 20"
     for block in range(1, 60):
         connection.execute(copy, (block * 100,))
     connection.commit()

@@ -30,8 +30,11 @@ async def test_only_the_first_start_needs_the_escrow(tmp_path):
         first = app(Provider(**options, escrow_root=escrow.root_key))
         service = await first._ready({"type": "http"})
         assert service.book.pay_to == agent.agent_id
-        with pytest.raises(ConfigurationError, match="process"):
-            await app(Provider(**options))._ready({"type": "http"})
+        other = app(Provider(**options))
+        other_service = await other._ready({"type": "http"})
+        assert other_service.book == service.book
+        assert [service.journal.leads, other_service.journal.leads] == [True, False]
+        await other._stop()
         await first._stop()
     second = app(Provider(**options))
     assert (await call(second, "GET", "/quote/BTC", host=b"localhost")).status == 402

@@ -262,7 +262,6 @@ async def test_sent_is_written_before_it_is_sent(shop: Shop, path: Path) -> None
     assert again.journal.replaced == frozenset()
     assert (again.escrow.sessions[A].redeemed, again.journal.unredeemed) == (2000, 0)
     await again.stop()
-    shop.redeemer._met = True
 
 
 async def test_a_lost_first_answer_is_no_restored_backup(path: Path) -> None:

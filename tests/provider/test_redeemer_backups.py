@@ -10,10 +10,11 @@ import pytest
 from tests.provider.journals import Clock, admit
 from tests.provider.redeeming import A, B, Shop, open_shop, until
 from tests.provider.scripted_escrow import Held, ScriptedEscrow
+from x402mw.core.amounts import Atomic
 from x402mw.core.errors import EscrowUnavailable
 from x402mw.core.gate import Refused
 from x402mw.core.ids import JOURNAL, format_id
-from x402mw.provider.journal import JournalUnavailable
+from x402mw.provider.journal import JournalUnavailable, Report
 from x402mw_client import operations
 
 pytestmark = pytest.mark.anyio
@@ -116,7 +117,7 @@ async def test_a_session_never_seen_here_shows_a_backup(shop: Shop) -> None:
 async def test_registration_is_made_up_for(shop: Shop) -> None:
     """If the escrow goes away just as the journal takes a new id, it is registered later."""
     await shop.redeemer.contact()
-    await shop.journal.replace_identity()
+    await shop.journal.apply_verdicts([Report(A, Atomic(1), Atomic(1), ended=False)])
     shop.escrow.sessions.clear()
     shop.escrow.down = True
     with pytest.raises(EscrowUnavailable):
@@ -138,5 +139,5 @@ async def test_the_new_id_is_told_until_it_is_heard(shop: Shop) -> None:
     await shop.redeemer.start(on_replaced=on_replaced)
     shop.escrow.change(A, redeemed=1, released=1)
     await until(lambda: len(heard) == 2)
-    await until(lambda: not shop.redeemer._untold)
+    await until(lambda: shop.redeemer._told == shop.journal.journal_id)
     assert heard == [shop.journal.journal_id] * 2

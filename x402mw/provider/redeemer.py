@@ -6,9 +6,12 @@
    `nudge` says that much is open; the rest of a closing session when its last call has ended.
 3. Each item has a verdict of its own. Without a clear verdict an item is neither redeemed nor
    refused: it is sent again, which can never count twice.
+4. Every worker keeps in contact, so each knows whether the escrow is away. One of them redeems for
+   all; any other does when it is nudged, or asked for one session.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +21,7 @@ from x402mw.core.amounts import Atomic
 from x402mw.core.errors import EscrowRefused, EscrowUnavailable, X402mwError
 from x402mw.core.ids import ESCROW, format_id
 from x402mw.core.sessions import SessionState
-from x402mw.provider.journal import Due, Item, Journal, Refusal, Report
+from x402mw.provider.journal import Due, Item, Journal, JournalUnavailable, Refusal, Report
 from x402mw.provider.link import EscrowLink
 from x402mw_client.operations import Change, RedeemItem, Verdict
 
@@ -38,6 +41,8 @@ ENDED = frozenset({"released", "refunded", "settled"})
 BATCH_REFUSED = frozenset({400, 413, 422})
 """Statuses by which the escrow refuses a batch as a whole for the sake of one item in it."""
 UNCLEAR = "unclear"
+FAILING = "redeeming_fails"
+"""The setting by which the worker that redeems tells the others that it cannot."""
 
 EVERYTHING = Due(amount=Atomic(1), age_seconds=0, margin_seconds=0)
 
@@ -66,23 +71,22 @@ class Redeemer:
         self._round_seconds = round_seconds
         self._nudged = asyncio.Event()
         self._contacting = asyncio.Lock()
-        self._met = False
         self._contact_at = float("-inf")
         self._failures = 0
         self._on_replaced: Replaced | None = None
-        self._untold = False
+        self._told = journal.journal_id
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, *, on_replaced: Replaced | None = None) -> None:
         """Tries a first contact, and goes on behind whether it succeeds or not.
 
-        `on_replaced` is awaited when the journal turns out to be a restored backup and has taken a
-        new id.
+        `on_replaced` is awaited when the journal has taken a new id, here or in another worker: it
+        turned out to be a restored backup.
         """
         self._on_replaced = on_replaced
         try:
             async with asyncio.timeout(FIRST_CONTACT_SECONDS):
-                await self._meet()
+                await self.contact()
         except (X402mwError, TimeoutError) as error:
             log.warning("starting with the escrow away: %s", error)
         self._task = asyncio.create_task(self._run())
@@ -101,7 +105,7 @@ class Redeemer:
     @property
     def failing(self) -> bool:
         """Whether the last round failed: then an escrow that answers still takes no money in."""
-        return self._failures > 0
+        return self._failures > 0 or bool(self._journal.setting(FAILING))
 
     def nudge(self) -> None:
         """Asks for everything owed to be redeemed now."""
@@ -113,13 +117,15 @@ class Redeemer:
         while True:
             try:
                 await self._round()
-                self._failures = 0
             except X402mwError as error:
                 self._fail()
                 log.warning("the escrow could not be used: %s", error)
             except Exception:
                 self._fail()
                 log.exception("a round of redeeming failed")
+            else:
+                self._failures = 0
+            await self._tell_failing()
             await self._pause()
 
     def _fail(self) -> None:
@@ -127,14 +133,23 @@ class Redeemer:
         self._failures += 1
         self._contact_at = float("-inf")
 
+    async def _tell_failing(self) -> None:
+        """Tells the other workers how redeeming goes, if that is ours and has changed."""
+        told, failing = bool(self._journal.setting(FAILING)), self._failures > 0
+        if self._journal.leads and told != failing:
+            with contextlib.suppress(JournalUnavailable):
+                await self._journal.set_setting(FAILING, "1" if failing else "")
+
     async def _round(self) -> None:
         if not self._met or _now() - self._contact_at >= self._contact_seconds:
             await self.contact()
+        await self._tell_replaced()
         # By a wrong clock nothing can be told to be due.
         all_of_it = self._nudged.is_set() or self._link.clock_off
         rule = EVERYTHING if all_of_it else self._rule
-        self._nudged.clear()
-        await self._send(await self._journal.due(rule, ITEMS_MAX))
+        if self._journal.leads or self._nudged.is_set():
+            self._nudged.clear()
+            await self._send(await self._journal.due(rule, ITEMS_MAX))
 
     async def _pause(self) -> None:
         """Waits for the next round: a nudge shortens it, but not while the escrow is failing."""
@@ -166,45 +181,41 @@ class Redeemer:
     async def _take_changes(self) -> bool:
         """Takes over one page of changes; tells whether there may be another."""
         journal = self._journal
-        cursor, serial = journal.changes_cursor, self._serial
+        name, since, serial = journal.journal_id, journal.changes_cursor, journal.unmet_serial
+        if serial is None:
+            serial = journal.serial
         page = await self._link.contact(
-            self._link.escrow.changes(cursor, journal.journal_id, serial, limit=ITEMS_MAX)
+            self._link.escrow.changes(since, name, serial, limit=ITEMS_MAX)
         )
-        if page.next < cursor:
+        if page.next < since:
             raise EscrowUnavailable("the escrow's changes run backwards")
-        # A serial above our own was shown to the escrow by this journal in another life.
-        restored = page.serial > self._serial
-        if page.changes:
-            reports = [_report_change(change) for change in page.changes]
-            restored |= await journal.apply_changes(reports, page.next)
-        self._met = True
-        if restored:
-            await self._replace()
-        return not restored and len(page.changes) == ITEMS_MAX
+        if await journal.apply_changes(
+            [_report_change(change) for change in page.changes],
+            journal=name,
+            since=since,
+            until=page.next if page.changes else since,
+            serial=page.serial,
+        ):
+            await self._meet_anew()
+            return False
+        return len(page.changes) == ITEMS_MAX
 
     @property
-    def _serial(self) -> int:
-        """The serial to show, and to compare with what the escrow has seen.
+    def _met(self) -> bool:
+        """Whether any worker has met the escrow since the first of them came."""
+        return self._journal.unmet_serial is None
 
-        At the first contact it is that of the opened file: whatever the escrow has seen above it
-        was not shown by this process, however often a lost answer made it ask again.
-        """
-        return self._journal.serial if self._met else self._journal.serial_at_open
-
-    async def _replace(self) -> None:
-        log.error(
-            "this journal is a restored backup: it takes a new id, and its old sessions take no"
-            " more calls; what they owe is still redeemed"
-        )
-        await self._journal.replace_identity()
-        self._untold = True
+    async def _meet_anew(self) -> None:
+        """Makes the journal's new id known."""
         await self._tell_replaced()
         await self._link.ensure_registered()
 
     async def _tell_replaced(self) -> None:
-        if self._untold and self._on_replaced is not None:
-            await self._on_replaced()
-        self._untold = False
+        name = self._journal.journal_id
+        if name != self._told:
+            if self._on_replaced is not None:
+                await self._on_replaced()
+            self._told = name
 
     # Redeeming.
 
@@ -283,7 +294,7 @@ class Redeemer:
             name = format_id(ESCROW, refusal.session)
             log.error("the escrow did not redeem session %s: %s", name, refusal.code)
         if await self._journal.apply_verdicts(reports, refusals):
-            await self._replace()
+            await self._meet_anew()
         return {report.session for report in reports}
 
 

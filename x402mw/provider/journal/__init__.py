@@ -1,4 +1,4 @@
-"""The provider's book: one SQLite file, one writer thread, group commit."""
+"""The provider's book, shared by all its workers: a writer thread in each, group commit."""
 
 from x402mw.provider.journal.calls import Admitted, SessionView, Settled
 from x402mw.provider.journal.errors import JournalCorrupt, JournalLocked, JournalUnavailable

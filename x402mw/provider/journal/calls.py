@@ -133,6 +133,7 @@ def _reserve(
             amount=claim.terms.amount,
             state=CallState.OPEN,
             forget_at=forget_at(claim),
+            worker=transaction.worker,
         )
     )
 
@@ -251,16 +252,16 @@ def view(transaction: Transaction, session: bytes) -> SessionView:
     return SessionView(account.charged, account.reserved, open_calls, account.state, row.ended)
 
 
-def recover(transaction: Transaction) -> int:
-    """Settles what a dead process left: nothing sent is void, a started call costs its marks.
+def recover(transaction: Transaction, worker: int) -> int:
+    """Settles what a dead worker left: nothing sent is void, a started call costs its marks.
 
     Returns the number of calls settled.
     """
-    left = [rows.read_call(values) for values in transaction.select(rows.READ_UNSETTLED)]
-    for row in left:
+    found = transaction.select(rows.READ_UNSETTLED, (worker,))
+    for row in map(rows.read_call, found):
         charge, used = _marked(transaction, row)
         close_call(transaction, row, charge=charge, used=used)
-    return len(left)
+    return len(found)
 
 
 def _marked(transaction: Transaction, row: CallRow) -> tuple[Atomic, int]:

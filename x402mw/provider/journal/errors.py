@@ -4,7 +4,7 @@ from x402mw.core.errors import ConfigurationError, LocalError
 
 
 class JournalLocked(ConfigurationError):
-    """Another process has this journal open; one journal serves one process."""
+    """A process of an older version has this journal open, which shares it with no other."""
 
     code = "journal_locked"
 

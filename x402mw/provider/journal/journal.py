@@ -1,12 +1,13 @@
-"""The journal: a provider's book of sessions, calls and outcomes, in one SQLite file.
+"""The journal: a provider's book of sessions, calls and outcomes, shared by all its workers.
 
 Nothing is served before its row is durable. Every method hands one operation to the writer thread,
 so the event loop never waits for a disk.
 """
 
 import asyncio
+import atexit
 import logging
-import sqlite3
+import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,98 +18,87 @@ from x402mw.core.errors import ConfigurationError
 from x402mw.core.sessions import Account
 from x402mw.provider.journal import calls, redemption, retention
 from x402mw.provider.journal.calls import Admitted, SessionView, Settled
-from x402mw.provider.journal.lock import release_lock, take_lock
-from x402mw.provider.journal.opening import (
-    Identity,
-    file_path,
-    new_identity,
-    read_identity,
-    read_settings,
-    resume,
-)
+from x402mw.provider.journal.opening import check_totals, open_store, resume
 from x402mw.provider.journal.redemption import Due, Item, Refusal, Report
-from x402mw.provider.journal.rows import WRITE_SETTING
-from x402mw.provider.journal.schema import Durability, open_database
-from x402mw.provider.journal.transaction import Transaction
+from x402mw.provider.journal.shared import CHANGES_CURSOR, UNMET_SERIAL, new_identity
+from x402mw.provider.journal.store import Durability, RowRefused, Store, StoreFailed
+from x402mw.provider.journal.transaction import Needs, Transaction
 from x402mw.provider.journal.writer import Operation, Result, Writer
 
 OUTCOME_BYTES_MAX = 256 * 1024 * 1024
-CHANGES_CURSOR = "changes_cursor"
 VOID_RETRY_SECONDS = 1.0
 
 log = logging.getLogger("x402mw.provider.journal")
 
 
 class Journal:
-    """One open book. Make it with `open`, end it with `close`; its methods may run in parallel."""
+    """One worker's open book. Make it with `open`, end it with `close`.
 
-    def __init__(self, connection: sqlite3.Connection, writer: Writer, lock: int) -> None:
-        self._connection = connection
-        self._writer = writer
-        self._lock = lock
-        self.serial_at_open = writer.totals.serial
-        left_open = writer.run(resume)
-        self._identity: Identity = writer.run(read_identity)
-        self._settings = dict(writer.run(read_settings))
+    Its methods may run in parallel.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float], outcome_bytes_max: int) -> None:
+        self._store = store
+        self._process = os.getpid()
+        self._writer = Writer(store, clock, outcome_bytes_max=outcome_bytes_max)
+        left_open = self._writer.run(partial(resume, store=store))
+        check_totals(store)
         if left_open:
             log.warning("settled %d calls that a former process left open", left_open)
-        writer.start()
+        self._writer.start()
+        # Where nothing tells us of the end (a mounted app has no lifespan), the process does.
+        atexit.register(self.close)
 
     @classmethod
     def open(
         cls,
-        path: str,
+        place: str,
         *,
         durability: Durability = "fsync",
         clock: Callable[[], float] = time.time,
         outcome_bytes_max: int = OUTCOME_BYTES_MAX,
     ) -> "Journal":
-        """Opens or creates the journal at `path`, for this process alone.
+        """Opens or creates the journal at `place`, beside whatever other workers have it open.
 
-        Raises `JournalLocked` if another process has it, `JournalCorrupt` if it is damaged, and
-        `ConfigurationError` for any other reason it cannot be used. Blocks: call it when starting.
+        `place` is a path or a `sqlite:///` URL. Raises `JournalLocked` if an older version has it,
+        `JournalCorrupt` if it is damaged, and `ConfigurationError` for any other reason it cannot
+        be used. Blocks: call it when starting.
         """
-        path = file_path(path)
-        lock = take_lock(path)
+        store = open_store(place, durability)
         try:
-            connection = open_database(path, durability)
-            try:
-                writer = Writer(connection, clock, outcome_bytes_max=outcome_bytes_max)
-                return cls(connection, writer, lock)
-            except BaseException:
-                connection.close()
-                raise
-        except sqlite3.Error as error:
-            release_lock(lock)
-            raise ConfigurationError(f"the journal {path} cannot be opened: {error}") from None
+            return cls(store, clock, outcome_bytes_max)
+        except (RowRefused, StoreFailed) as error:
+            store.close()
+            raise ConfigurationError(f"the journal cannot be opened: {error}") from None
         except BaseException:
-            release_lock(lock)
+            store.close()
             raise
 
     def close(self) -> None:
-        """Commits what waits, ends the writer and gives up the lock; may be called again."""
-        if self._writer.stopped:
+        """Commits what waits, settles what is open, and leaves; may be called again."""
+        atexit.unregister(self.close)
+        # A forked child has neither our thread nor our locks.
+        if self._writer.stopped or os.getpid() != self._process:
             return
         self._writer.stop()
-        self._connection.close()
-        release_lock(self._lock)
+        self._store.close()
 
-    # What is known without asking the file.
+    # What is known without asking the database, as of this worker's last batch.
 
     @property
     def journal_id(self) -> bytes:
         """The 16 bytes behind `jr_...`."""
-        return self._identity.journal
+        return self._writer.shared.journal
 
     @property
     def receipt_seed(self) -> bytes:
         """The seed of the key that signs this journal's receipts."""
-        return self._identity.receipt_seed
+        return self._writer.shared.receipt_seed
 
     @property
     def replaced(self) -> frozenset[bytes]:
         """The ids this book has given up."""
-        return self._identity.replaced
+        return self._writer.shared.replaced
 
     @property
     def serial(self) -> int:
@@ -116,20 +106,30 @@ class Journal:
         return self._writer.totals.serial
 
     @property
+    def unmet_serial(self) -> int | None:
+        """The serial that the first of the workers found; None once one has met the escrow."""
+        return self._writer.shared.unmet_serial
+
+    @property
     def unredeemed(self) -> Atomic:
         """What would be lost if the escrow never came back: charged or reserved, and not yet paid.
 
-        Summed over all sessions that are not written off, exact as of the last commit.
+        Summed over all sessions that are not written off.
         """
         return self._writer.totals.unredeemed
 
+    @property
+    def leads(self) -> bool:
+        """Whether this worker is the one that redeems for all."""
+        return self._writer.leads
+
     def setting(self, key: str) -> str | None:
-        """Returns a value that was kept with `set_setting`."""
-        return self._settings.get(key)
+        """Returns a value that was kept with `set_setting`, by whatever worker."""
+        return self._writer.shared.settings.get(key)
 
     async def set_setting(self, key: str, value: str) -> None:
-        """Keeps a value across restarts."""
-        await self._write_setting(key, value)
+        """Keeps a value for all workers, across restarts."""
+        await self._do(lambda transaction: transaction.write_setting(key, value))
 
     # Calls.
 
@@ -147,66 +147,37 @@ class Journal:
         `standing` is given the unredeemed total at the moment of the decision; it runs in the
         writer thread. If the caller is cancelled meanwhile, the call is voided.
         """
-        future = self._writer.submit(
-            partial(
-                self._admit,
-                claim=claim,
-                offer=offer,
-                book=book,
-                standing=standing,
-                credentials=credentials,
-            )
+        admit = partial(
+            _admit, claim=claim, offer=offer, book=book, standing=standing, credentials=credentials
         )
+        needs = Needs(claim.session, claim.seq)
+        future = self._writer.submit(admit, needs=needs, lost=self._void)
         try:
-            return await asyncio.shield(future)
+            return await future
         except asyncio.CancelledError:
-            future.add_done_callback(self._void)
+            # Cancelled between its admission and hearing of it: nobody else will void it.
+            if not future.cancelled() and future.exception() is None:
+                self._void(future.result())
             raise
 
-    def _admit(
-        self,
-        transaction: Transaction,
-        *,
-        claim: gate.Claim,
-        offer: gate.Offer,
-        book: gate.Book,
-        standing: Callable[[Atomic], gate.Standing],
-        credentials: bytes,
-    ) -> Admitted | gate.Outcome:
-        if claim.token.journal in self.replaced:
-            raise gate.refused(claim, 409, "journal_replaced", "this journal was replaced")
-        return calls.admit(
-            transaction,
-            claim,
-            offer=offer,
-            book=book,
-            standing=standing(transaction.totals.unredeemed),
-            credentials=credentials,
-        )
-
-    def _void(self, future: asyncio.Future[Admitted | gate.Outcome]) -> None:
+    def _void(self, admitted: Admitted | gate.Outcome) -> None:
         """Frees a call whose caller went away before it heard of its admission."""
-        if future.cancelled() or future.exception() is not None:
-            return
-        admitted = future.result()
         if isinstance(admitted, Admitted) and not self._writer.stopped:
             void = partial(calls.settle, call=admitted, used=None, outcome=None)
-            self._writer.submit(void).add_done_callback(partial(self._void_again, future))
+            self._writer.submit(void).add_done_callback(partial(self._void_again, admitted))
 
-    def _void_again(
-        self, admission: asyncio.Future[Admitted | gate.Outcome], voiding: asyncio.Future[Settled]
-    ) -> None:
+    def _void_again(self, admitted: Admitted, voiding: asyncio.Future[Settled]) -> None:
         """Goes on trying while the journal cannot write: nothing else would free this call."""
         if voiding.exception() is not None:
-            voiding.get_loop().call_later(VOID_RETRY_SECONDS, self._void, admission)
+            voiding.get_loop().call_later(VOID_RETRY_SECONDS, self._void, admitted)
 
     async def start(self, call: Admitted, mark: Atomic) -> None:
         """Notes durably that the answer begins: from now on a crash charges at least `mark`."""
-        await self._do(partial(calls.start, call=call, mark=mark))
+        await self._for(call, partial(calls.start, call=call, mark=mark))
 
     async def mark(self, call: Admitted, used: int) -> None:
         """Notes durably what a started call has used so far, so that a crash charges it too."""
-        await self._do(partial(calls.mark, call=call, used=used))
+        await self._for(call, partial(calls.mark, call=call, used=used))
 
     async def settle(
         self, call: Admitted, *, used: int | None, outcome: gate.Outcome | None
@@ -216,7 +187,7 @@ class Journal:
         Happens once: a repeat changes nothing and returns the first charge, with today's totals.
         It is finished even if the caller is cancelled.
         """
-        return await self._do(partial(calls.settle, call=call, used=used, outcome=outcome))
+        return await self._for(call, partial(calls.settle, call=call, used=used, outcome=outcome))
 
     async def lookup(self, session: bytes, seq: int) -> gate.Call | None:
         """Returns the call of (session, seq), if it is known."""
@@ -257,44 +228,86 @@ class Journal:
     async def apply_verdicts(
         self, reports: Iterable[Report], refusals: Iterable[Refusal] = ()
     ) -> bool:
-        """Takes over the escrow's verdicts; True if they prove this journal a restored backup."""
+        """Takes over the escrow's verdicts; True if they prove this journal a restored backup.
+
+        Then it has a new id and receipt key, and changes are read from the start.
+        """
 
         def apply(transaction: Transaction) -> bool:
             redemption.apply_refusals(transaction, refusals)
-            return redemption.apply_reports(transaction, reports, self.journal_id)
+            restored = redemption.apply_reports(transaction, reports, transaction.shared.journal)
+            if restored:
+                _replace_identity(transaction)
+            return restored
 
         return await self._do(apply)
 
-    async def apply_changes(self, reports: Iterable[Report], cursor: int) -> bool:
-        """Takes over a page of the escrow's changes; True if they prove a restored backup."""
+    async def apply_changes(
+        self, reports: Iterable[Report], *, journal: bytes, since: int, until: int, serial: int
+    ) -> bool:
+        """Takes over a page of the escrow's changes; True if it proves a restored backup, likewise.
+
+        The page was asked for by the id `journal`, behind the cursor `since`; what another worker
+        has taken over meanwhile is passed by. `until` is its end, and `serial` the highest that the
+        escrow has seen of this journal.
+        """
 
         def apply(transaction: Transaction) -> bool:
-            transaction.write(WRITE_SETTING, (CHANGES_CURSOR, str(cursor)))
-            return redemption.apply_reports(transaction, reports, self.journal_id)
+            shared = transaction.shared
+            if (shared.journal, shared.changes_cursor) != (journal, since):
+                return False
+            # Whatever a worker showed it had committed: only another life knew a higher one.
+            known = shared.unmet_serial
+            restored = serial > (transaction.totals.serial if known is None else known)
+            restored |= redemption.apply_reports(transaction, reports, journal)
+            if until != since:
+                transaction.write_setting(CHANGES_CURSOR, str(until))
+            if known is not None:
+                transaction.write_setting(UNMET_SERIAL, "")
+            if restored:
+                _replace_identity(transaction)
+            return restored
 
-        restored = await self._do(apply)
-        self._settings[CHANGES_CURSOR] = str(cursor)
-        return restored
+        return await self._do(apply)
 
     @property
     def changes_cursor(self) -> int:
         """Up to where the escrow's changes have been taken over."""
-        return int(self._settings.get(CHANGES_CURSOR, "0"))
+        return self._writer.shared.changes_cursor
 
-    async def replace_identity(self) -> None:
-        """Gives this restored book a new id and receipt key, and reads changes from the start."""
-
-        def apply(transaction: Transaction) -> Identity:
-            redemption.replace_identity(transaction, *new_identity())
-            transaction.write(WRITE_SETTING, (CHANGES_CURSOR, "0"))
-            return read_identity(transaction)
-
-        self._identity = await self._do(apply)
-        self._settings[CHANGES_CURSOR] = "0"
-
-    async def _write_setting(self, key: str, value: str) -> None:
-        await self._do(lambda transaction: transaction.write(WRITE_SETTING, (key, value)))
-        self._settings[key] = value
+    async def _for(self, call: Admitted, operation: Operation[Result]) -> Result:
+        terms = call.terms.id if call.terms.metered else None
+        return await self._writer.submit(operation, needs=Needs(call.session, call.seq, terms))
 
     async def _do(self, operation: Operation[Result]) -> Result:
         return await self._writer.submit(operation)
+
+
+def _admit(
+    transaction: Transaction,
+    *,
+    claim: gate.Claim,
+    offer: gate.Offer,
+    book: gate.Book,
+    standing: Callable[[Atomic], gate.Standing],
+    credentials: bytes,
+) -> Admitted | gate.Outcome:
+    if claim.token.journal in transaction.shared.replaced:
+        raise gate.refused(claim, 409, "journal_replaced", "this journal was replaced")
+    return calls.admit(
+        transaction,
+        claim,
+        offer=offer,
+        book=book,
+        standing=standing(transaction.totals.unredeemed),
+        credentials=credentials,
+    )
+
+
+def _replace_identity(transaction: Transaction) -> None:
+    log.error(
+        "this journal is a restored backup: it takes a new id, and its old sessions take no"
+        " more calls; what they owe is still redeemed"
+    )
+    redemption.replace_identity(transaction, *new_identity())
+    transaction.write_setting(CHANGES_CURSOR, "0")

@@ -1,38 +1,63 @@
-"""The operating system's lock that makes one process the only one with a journal.
+"""Locks of the operating system, by which the worker processes of one host know of each other.
 
-It is held for life and falls with the process, however that ends, so there is nothing to clean up.
-The file stays: deleting it would let two processes lock two different files of one name.
+A lock falls with the process that holds it, however that ends, so there is nothing to clean up. The
+files stay: deleting one would let two processes lock two different files of one name. A forked
+child gives up its share at once, or a lock could outlive the worker that took it.
 """
 
+import contextlib
 import fcntl
 import os
-
-from x402mw.core.errors import ConfigurationError
-from x402mw.provider.journal.errors import JournalLocked
+import weakref
 
 OWNER_ONLY = 0o600
 
 
-def take_lock(path: str) -> int:
-    """Locks `<path>.lock` and returns its descriptor; `JournalLocked` names who has it instead."""
-    try:
-        descriptor = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, OWNER_ONLY)
-    except OSError as error:
-        raise ConfigurationError(f"the journal {path} cannot be locked: {error}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
-        raise JournalLocked(
-            f"the journal {path} is in use by process {owner}; "
-            "run one process per journal, or give this one a journal of its own"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
+class FileLock:
+    """One file's lock, through a descriptor of its own: two of one path exclude each other."""
+
+    def __init__(self, path: str) -> None:
+        """Opens or creates the file; raises `OSError`."""
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, OWNER_ONLY)
+        _open_locks.add(self)
+
+    def take(self) -> None:
+        """Takes it for us alone, waiting for as long as that takes."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def try_take(self) -> bool:
+        """Takes it for us alone, if it is free."""
+        return self._try(fcntl.LOCK_EX)
+
+    def try_share(self) -> bool:
+        """Takes it together with others who share it, if nobody has it alone."""
+        return self._try(fcntl.LOCK_SH)
+
+    def give(self) -> None:
+        """Gives it up; it can be taken again."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Gives it up for good; may be called again."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _try(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
-def release_lock(descriptor: int) -> None:
-    """Gives the lock up."""
-    os.close(descriptor)
+_open_locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    for lock in list(_open_locks):
+        with contextlib.suppress(OSError):
+            lock.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)

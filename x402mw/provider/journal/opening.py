@@ -1,71 +1,60 @@
-"""Opening a journal: one process, an undamaged file, and nothing left open by a dead process."""
+"""Opening a journal: where it is, whose calls were left open, and whether its totals are true."""
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from x402mw.core.errors import ConfigurationError
-from x402mw.core.ids import ID_BYTES
-from x402mw.core.keys import SEED_BYTES
 from x402mw.provider.journal import rows
 from x402mw.provider.journal.calls import recover
 from x402mw.provider.journal.errors import JournalCorrupt
-from x402mw.provider.journal.redemption import replace_identity
+from x402mw.provider.journal.rows import Totals
+from x402mw.provider.journal.shared import UNMET_SERIAL
+from x402mw.provider.journal.sqlite import SqliteStore
+from x402mw.provider.journal.store import Durability, Store
 from x402mw.provider.journal.transaction import Transaction
 
 SQLITE_SCHEME = "sqlite:///"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Which book this is: its id, the seed of its receipt key, and the ids it has given up."""
-
-    journal: bytes
-    receipt_seed: bytes
-    replaced: frozenset[bytes]
-
-
-def file_path(place: str) -> str:
-    """Returns the path in a journal setting, which is a path or a `sqlite:///` URL."""
+def open_store(place: str, durability: Durability) -> Store:
+    """Opens what a journal setting names: a path or a `sqlite:///` URL."""
     if "://" not in place:
-        return place
+        return SqliteStore(place, durability)
     if place.startswith(SQLITE_SCHEME):
-        return place.removeprefix(SQLITE_SCHEME)
+        return SqliteStore(place.removeprefix(SQLITE_SCHEME), durability)
     scheme = urlsplit(place).scheme
-    raise ConfigurationError(f"a journal in {scheme} is not supported yet; give a file's path")
+    raise ConfigurationError(f"a journal in {scheme} is not supported; give a file's path")
 
 
-def read_identity(transaction: Transaction) -> Identity:
-    """Reads which book this is, and makes it one if the file is new."""
-    found = transaction.select(rows.READ_JOURNALS)
-    if not found:
-        replace_identity(transaction, *new_identity())
-        found = transaction.select(rows.READ_JOURNALS)
-    replaced = frozenset(journal for journal, _, gone in found if gone)
-    ((journal, seed),) = [(journal, seed) for journal, seed, gone in found if not gone]
-    return Identity(journal, seed, replaced)
+def resume(transaction: Transaction, store: Store) -> int:
+    """Begins a worker's life: settles what was left open under its number and by other dead ones.
 
-
-def new_identity() -> tuple[bytes, bytes]:
-    """Makes a journal id and the seed of a receipt key."""
-    return os.urandom(ID_BYTES), os.urandom(SEED_BYTES)
-
-
-def read_settings(transaction: Transaction) -> Mapping[str, str]:
-    """Reads all settings."""
-    return dict(transaction.select(rows.READ_SETTINGS))
-
-
-def resume(transaction: Transaction) -> int:
-    """Settles calls that a dead process left open, then checks that the totals are the rows' sums.
-
-    Returns the number of calls settled, or raises `JournalCorrupt`.
+    The first of the workers also notes where the book stood (`shared.Shared.unmet_serial`). Returns
+    the number of calls settled.
     """
-    settled = recover(transaction)
-    sums = transaction.select(rows.READ_SUMS)
-    totals = transaction.totals
-    # Nothing is reserved any more, for no call is open.
-    if sums != [(totals.unredeemed, totals.outcome_bytes, 0)]:
+    if store.alone:
+        transaction.write_setting(UNMET_SERIAL, str(transaction.totals.serial))
+    return recover(transaction, store.worker) + resolve(transaction, store)
+
+
+def resolve(transaction: Transaction, store: Store) -> int:
+    """Settles what dead workers left open; returns the number of calls."""
+    busy = [worker for (worker,) in transaction.select(rows.BUSY_WORKERS)]
+    dead = [worker for worker in busy if worker != store.worker and store.seize(worker)]
+    return sum(recover(transaction, worker) for worker in dead)
+
+
+def check_totals(store: Store) -> None:
+    """Raises `JournalCorrupt` unless the totals are the sums of the rows, of one moment.
+
+    Other workers may write meanwhile.
+    """
+    try:
+        totals = Totals(*store.look())
+        (sums,) = store.select(rows.READ_SUMS)
+    finally:
+        store.end()
+    unredeemed, outcome_bytes, reserved, unsettled = sums
+    if (unredeemed, outcome_bytes) != (totals.unredeemed, totals.outcome_bytes):
         raise JournalCorrupt("the journal's totals are not the sums of its rows; restore a backup")
-    return settled
+    if reserved != unsettled:
+        raise JournalCorrupt("sessions reserve more or less than their open calls")

@@ -161,3 +161,4 @@ def replace_identity(transaction: Transaction, journal: bytes, receipt_seed: byt
     """Gives the book a new id and receipt key; sessions of the old one admit nothing more."""
     transaction.write(rows.REPLACE_JOURNAL)
     transaction.write(rows.ADD_JOURNAL, (journal, receipt_seed))
+    transaction.tell_workers()

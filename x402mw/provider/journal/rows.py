@@ -1,18 +1,19 @@
 """The journal's rows as values, and every SQL statement that reads or writes one.
 
+The statements are SQLite's; what another database says otherwise is translated there. `greatest` is
+the largest of several values.
+
 Rows are frozen: an operation reads one, makes the next, and hands it to the transaction. Amounts
 are atomic units, times whole seconds, ids raw bytes.
 """
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.gate import Call, CallState, Outcome
 from x402mw.core.sessions import Account, SessionState
-
-Values = tuple[Any, ...]
+from x402mw.provider.journal.store import Table, Values
 
 
 @dataclass(slots=True)
@@ -20,13 +21,15 @@ class Totals:
     """What is true of the whole journal; each transaction has a copy of its own to change.
 
     `serial` counts committed batches; a journal whose serial is below one the escrow has seen is a
-    restored backup. `forgotten_until` is the latest `forget_at` of a pruned call.
+    restored backup. `forgotten_until` is the latest `forget_at` of a pruned call. `generation`
+    grows with every change of what workers keep in memory (`shared.Shared`).
     """
 
     serial: int
     unredeemed: Atomic
     outcome_bytes: int
     forgotten_until: int
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class CallRow:
     """One admitted request.
 
     A crash charges `mark` plus the price of `mark_units` for a started call. `used` is the quantity
-    billed. After `forget_at` the row and its stored outcome may go.
+    billed. After `forget_at` the row and its stored outcome may go. `worker` is who runs it.
     """
 
     session: bytes
@@ -84,6 +87,7 @@ class CallRow:
     amount: Atomic
     state: CallState
     forget_at: int
+    worker: int
     mark: Atomic = ZERO
     mark_units: int = 0
     charge: Atomic = ZERO
@@ -111,63 +115,60 @@ class Meter:
     quantity: int = 0
 
 
-READ_TOTALS = "SELECT serial, unredeemed, outcome_bytes, forgotten_until FROM totals"
+READ_TOTALS = "SELECT serial, unredeemed, outcome_bytes, forgotten_until, generation FROM totals"
 WRITE_TOTALS = (
-    "UPDATE totals SET serial = ?, unredeemed = ?, outcome_bytes = ?, forgotten_until = ?"
+    "UPDATE totals SET serial = ?, unredeemed = ?, outcome_bytes = ?, forgotten_until = ?,"
+    " generation = ?"
 )
 
-_SELECT_SESSION = """
-    SELECT id, journal, deposit, best, charged, reserved, state, voucher, claim_until,
-           sent, redeemed, released, owed_since, retry_at, ended, written_off
-    FROM sessions
-"""
-READ_SESSION = _SELECT_SESSION + "WHERE id = ?"
-WRITE_SESSION = """
-    INSERT INTO sessions (id, journal, deposit, best, charged, reserved, state, voucher,
-        claim_until, sent, redeemed, released, owed_since, retry_at, ended, written_off)
-    VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)
-    ON CONFLICT (id) DO UPDATE SET
-        deposit = excluded.deposit, best = excluded.best, charged = excluded.charged,
-        reserved = excluded.reserved, state = excluded.state, voucher = excluded.voucher,
-        claim_until = excluded.claim_until, sent = excluded.sent, redeemed = excluded.redeemed,
-        released = excluded.released, owed_since = excluded.owed_since,
-        retry_at = excluded.retry_at, ended = excluded.ended, written_off = excluded.written_off
-"""
+SESSIONS = Table(
+    "sessions",
+    key=("id",),
+    columns=(
+        *("id", "journal", "deposit", "best", "charged", "reserved", "state", "voucher"),
+        *("claim_until", "sent", "redeemed", "released", "owed_since", "retry_at", "ended"),
+        "written_off",
+    ),
+    changing=(
+        *("deposit", "best", "charged", "reserved", "state", "voucher", "claim_until", "sent"),
+        *("redeemed", "released", "owed_since", "retry_at", "ended", "written_off"),
+    ),
+)
+CALLS = Table(
+    "calls",
+    key=("session", "seq"),
+    columns=(
+        *("session", "seq", "commitment", "terms", "amount", "state", "forget_at", "worker"),
+        *("mark", "mark_units", "charge", "used"),
+    ),
+    changing=("state", "mark", "mark_units", "charge", "used"),
+)
+METERS = Table(
+    "meters",
+    key=("session", "terms"),
+    columns=("session", "terms", "unit_price", "per", "quantity"),
+    changing=("quantity",),
+)
+OUTCOMES = Table(
+    "outcomes",
+    key=(),
+    columns=("session", "seq", "status", "headers", "body", "credentials", "size"),
+    changing=(),
+)
 
-_SELECT_CALL = """
-    SELECT session, seq, commitment, terms, amount, state, forget_at,
-           mark, mark_units, charge, used
-    FROM calls
-"""
-READ_CALL = _SELECT_CALL + "WHERE session = ? AND seq = ?"
-READ_UNSETTLED = _SELECT_CALL + "WHERE state <> 'settled'"
+_SELECT_SESSION = f"SELECT {', '.join(SESSIONS.columns)} FROM sessions "  # noqa: S608 (no input)
+_SELECT_CALL = f"SELECT {', '.join(CALLS.columns)} FROM calls "  # noqa: S608 (no input)
+READ_UNSETTLED = _SELECT_CALL + "WHERE state <> 'settled' AND worker = ?"
+BUSY_WORKERS = "SELECT DISTINCT worker FROM calls WHERE state <> 'settled'"
 # Left to itself SQLite would go through all calls of the session, which may be very many.
 COUNT_UNSETTLED = """
     SELECT count(*) FROM calls INDEXED BY calls_unsettled
     WHERE session = ? AND state <> 'settled'
 """
-WRITE_CALL = """
-    INSERT INTO calls (session, seq, commitment, terms, amount, state, forget_at,
-        mark, mark_units, charge, used)
-    VALUES (?,?,?,?,?,?,?,?,?,?,?)
-    ON CONFLICT (session, seq) DO UPDATE SET
-        state = excluded.state, mark = excluded.mark, mark_units = excluded.mark_units,
-        charge = excluded.charge, used = excluded.used
-"""
-
-READ_METER = "SELECT unit_price, per, quantity FROM meters WHERE session = ? AND terms = ?"
-WRITE_METER = """
-    INSERT INTO meters (session, terms, unit_price, per, quantity) VALUES (?,?,?,?,?)
-    ON CONFLICT (session, terms) DO UPDATE SET quantity = excluded.quantity
-"""
 
 READ_OUTCOME = (
     "SELECT status, headers, body, credentials FROM outcomes WHERE session = ? AND seq = ?"
 )
-WRITE_OUTCOME = """
-    INSERT INTO outcomes (session, seq, status, headers, body, credentials, size)
-    VALUES (?,?,?,?,?,?,?)
-"""
 OLDEST_OUTCOMES = "SELECT id, size FROM outcomes ORDER BY id LIMIT ?"
 DROP_OUTCOME = "DELETE FROM outcomes WHERE id = ?"
 
@@ -197,16 +198,19 @@ OWED_SESSIONS = (
     + """
     WHERE owed_since IS NOT NULL AND retry_at <= :now
     AND (owed_since <= :owed_before OR claim_until <= :claim_before
-         OR charged - max(redeemed, released) >= :amount)
+         OR charged - greatest(redeemed, released) >= :amount)
     ORDER BY claim_until LIMIT :limit
 """
 )
+# A sum is cast because some databases widen it to a decimal.
 READ_SUMS = """
     SELECT
-        (SELECT coalesce(sum(max(0, charged + reserved - max(redeemed, released))), 0)
-         FROM sessions WHERE written_off IS NULL),
-        (SELECT coalesce(sum(size), 0) FROM outcomes),
-        (SELECT coalesce(sum(reserved), 0) FROM sessions)
+        (SELECT coalesce(CAST(sum(
+            greatest(0, charged + reserved - greatest(redeemed, released))
+        ) AS BIGINT), 0) FROM sessions WHERE written_off IS NULL),
+        (SELECT coalesce(CAST(sum(size) AS BIGINT), 0) FROM outcomes),
+        (SELECT coalesce(CAST(sum(reserved) AS BIGINT), 0) FROM sessions),
+        (SELECT coalesce(CAST(sum(amount) AS BIGINT), 0) FROM calls WHERE state <> 'settled')
 """
 
 READ_SETTINGS = "SELECT key, value FROM settings"
@@ -228,7 +232,7 @@ READ_RETIRED_TERMS = "SELECT id, retired_at FROM terms WHERE retired_at IS NOT N
 
 
 def read_session(values: Values) -> SessionRow:
-    """Makes a session of what `READ_SESSION` selects."""
+    """Makes a session of a row of `SESSIONS`."""
     (session, journal, deposit, best, charged, reserved, state, *rest) = values
     (voucher, claim_until, sent, redeemed, released, owed_since, retry_at, ended, off) = rest
     return SessionRow(
@@ -248,7 +252,7 @@ def read_session(values: Values) -> SessionRow:
 
 
 def write_session(row: SessionRow) -> Values:
-    """The values for `WRITE_SESSION`."""
+    """The row of `SESSIONS`."""
     account = row.account
     return (
         row.id,
@@ -271,13 +275,13 @@ def write_session(row: SessionRow) -> Values:
 
 
 def read_call(values: Values) -> CallRow:
-    """Makes a call of what `READ_CALL` selects."""
+    """Makes a call of a row of `CALLS`."""
     session, seq, commitment, terms, amount, state, *rest = values
     return CallRow(session, seq, commitment, terms, amount, CallState(state), *rest)
 
 
 def write_call(row: CallRow) -> Values:
-    """The values for `WRITE_CALL`."""
+    """The row of `CALLS`."""
     return (
         row.session,
         row.seq,
@@ -286,6 +290,7 @@ def write_call(row: CallRow) -> Values:
         row.amount,
         row.state.value,
         row.forget_at,
+        row.worker,
         row.mark,
         row.mark_units,
         row.charge,
@@ -294,7 +299,7 @@ def write_call(row: CallRow) -> Values:
 
 
 def write_meter(key: tuple[bytes, bytes], meter: Meter) -> Values:
-    """The values of one meter; its key is (session, terms id)."""
+    """The row of `METERS`; its key is (session, terms id)."""
     return (*key, meter.unit_price, meter.per, meter.quantity)
 
 

@@ -6,19 +6,17 @@ a bug in the code above can stop a write but not store nonsense (`docs/money.md`
 
 import os
 import sqlite3
-from typing import Literal
 
 from x402mw.core.errors import ConfigurationError
 from x402mw.provider.journal.errors import JournalCorrupt
 from x402mw.provider.journal.lock import OWNER_ONLY
-
-Durability = Literal["fsync", "process"]
-"""What an acknowledged write survives: loss of power, or only the death of the process."""
+from x402mw.provider.journal.store import Durability
 
 SYNCHRONOUS = {"fsync": "FULL", "process": "NORMAL"}
 APPLICATION_ID = 0x34303242
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_SECONDS = 2.0
+STATEMENTS_CACHED = 256
 
 SCHEMA = """
 CREATE TABLE settings (
@@ -32,9 +30,10 @@ CREATE TABLE totals (
     serial          INTEGER NOT NULL,  -- committed batches so far; the escrow keeps the highest
     unredeemed      INTEGER NOT NULL CHECK (unredeemed >= 0),
     outcome_bytes   INTEGER NOT NULL CHECK (outcome_bytes >= 0),
-    forgotten_until INTEGER NOT NULL   -- the latest `forget_at` of any pruned call
+    forgotten_until INTEGER NOT NULL,  -- the latest `forget_at` of any pruned call
+    generation      INTEGER NOT NULL DEFAULT 0  -- grows when a setting or the identity changes
 ) STRICT;
-INSERT INTO totals VALUES (1, 0, 0, 0, 0);
+INSERT INTO totals VALUES (1, 0, 0, 0, 0, 0);
 
 -- The identities this book has had; the one that is not replaced is current.
 CREATE TABLE journals (
@@ -79,6 +78,7 @@ CREATE TABLE calls (
     charge     INTEGER NOT NULL CHECK (charge BETWEEN 0 AND amount),
     used       INTEGER NOT NULL CHECK (used >= 0),
     forget_at  INTEGER NOT NULL,
+    worker     INTEGER NOT NULL DEFAULT 0 CHECK (worker >= 0),  -- who runs it
     PRIMARY KEY (session, seq)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX calls_unsettled ON calls (session) WHERE state <> 'settled';
@@ -113,6 +113,14 @@ CREATE TABLE terms (
 ) STRICT, WITHOUT ROWID;
 """
 
+MIGRATIONS = {
+    1: """
+ALTER TABLE totals ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE calls ADD COLUMN worker INTEGER NOT NULL DEFAULT 0 CHECK (worker >= 0);
+""",
+}
+"""How a file of each older version becomes one of the next, in one transaction."""
+
 
 def open_database(path: str, durability: Durability) -> sqlite3.Connection:
     """Opens or creates the file (mode 0600), or raises `JournalCorrupt`.
@@ -123,7 +131,11 @@ def open_database(path: str, durability: Durability) -> sqlite3.Connection:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, OWNER_ONLY))
         os.chmod(path, OWNER_ONLY)  # It holds a signing key, whoever made the file.
         connection = sqlite3.connect(
-            path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            path,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=STATEMENTS_CACHED,
         )
     except (OSError, sqlite3.Error) as error:
         raise ConfigurationError(f"the journal {path} cannot be opened: {error}") from None
@@ -157,12 +169,18 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if (application, version, tables) == (0, 0, 0):
-        connection.executescript(
-            f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID};"
-            f"PRAGMA user_version = {SCHEMA_VERSION}; {SCHEMA} COMMIT;"
-        )
+        _change(connection, SCHEMA)
+    elif application == APPLICATION_ID and version in MIGRATIONS:
+        _change(connection, "".join(MIGRATIONS[step] for step in range(version, SCHEMA_VERSION)))
     elif (application, version) != (APPLICATION_ID, SCHEMA_VERSION):
         raise ConfigurationError(f"{path} is not a journal that this version can read")
+
+
+def _change(connection: sqlite3.Connection, statements: str) -> None:
+    connection.executescript(
+        f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID};"
+        f"PRAGMA user_version = {SCHEMA_VERSION}; {statements} COMMIT;"
+    )
 
 
 def _advice(path: str, problem: str) -> str:

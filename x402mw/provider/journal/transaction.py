@@ -5,15 +5,16 @@ if it raises before its first `put`, it has changed nothing.
 """
 
 import itertools
-import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from x402mw.core.amounts import Atomic
 from x402mw.core.gate import Outcome
 from x402mw.provider.journal import rows
-from x402mw.provider.journal.rows import CallRow, Meter, SessionRow, Totals, Values
+from x402mw.provider.journal.rows import CallRow, Meter, SessionRow, Totals
+from x402mw.provider.journal.shared import Shared
+from x402mw.provider.journal.store import Store, Values
 
 OLDEST_AT_ONCE = 64
 
@@ -21,14 +22,29 @@ CallKey = tuple[bytes, int]
 MeterKey = tuple[bytes, bytes]
 
 
-class Transaction:
-    """The rows of one batch. `now` is in seconds; `totals` follow every row that is put."""
+class Needs(NamedTuple):
+    """The call that an operation is about; `terms` are its terms' id if they meter."""
 
-    def __init__(self, connection: sqlite3.Connection, now: float, outcome_bytes_max: int) -> None:
+    session: bytes
+    seq: int
+    terms: bytes | None = None
+
+
+class Transaction:
+    """The rows of one batch. `now` is in seconds; `totals` follow every row that is put.
+
+    `worker` is the number of the process that writes, `shared` what all workers have in common.
+    """
+
+    def __init__(
+        self, store: Store, totals: Totals, *, now: float, shared: Shared, outcome_bytes_max: int
+    ) -> None:
         self.now = now
-        self.totals = Totals(*connection.execute(rows.READ_TOTALS).fetchone())
+        self.totals = totals
+        self.shared = shared
+        self.worker = store.worker
+        self._store = store
         self._changed = False
-        self._connection = connection
         self._outcome_bytes_max = outcome_bytes_max
         self._sessions: dict[bytes, SessionRow | None] = {}
         self._calls: dict[CallKey, CallRow | None] = {}
@@ -36,15 +52,28 @@ class Transaction:
         self._new_sessions: dict[bytes, SessionRow] = {}
         self._new_calls: dict[CallKey, CallRow] = {}
         self._new_meters: dict[MeterKey, Meter] = {}
+        self._new_outcomes: list[Values] = []
+
+    def fetch(self, needs: Iterable[Needs]) -> None:
+        """Reads what several operations are about all at once, which is only a matter of speed."""
+        needs = set(needs)
+        self._fetch_sessions({(session,) for session, _, _ in needs})
+        self._fetch_calls({(session, seq) for session, seq, _ in needs})
+        self._fetch_meters({(session, terms) for session, _, terms in needs if terms is not None})
 
     # Rows that operations share.
 
     def session(self, session: bytes) -> SessionRow | None:
         """Returns the session's row."""
         if session not in self._sessions:
-            found = self._connection.execute(rows.READ_SESSION, (session,)).fetchone()
-            self._sessions[session] = found and rows.read_session(found)
+            self._fetch_sessions({(session,)})
         return self._sessions[session]
+
+    def _fetch_sessions(self, keys: set[tuple[bytes]]) -> None:
+        self._sessions.update((session, None) for (session,) in keys)
+        for values in self._store.read_rows(rows.SESSIONS, [*keys]):
+            row = rows.read_session(values)
+            self._sessions[row.id] = row
 
     def put_session(self, row: SessionRow) -> None:
         """Writes a session, keeping `owed_since` and the total of what is unredeemed true."""
@@ -59,9 +88,14 @@ class Transaction:
         """Returns the row of (session, seq)."""
         key = (session, seq)
         if key not in self._calls:
-            found = self._connection.execute(rows.READ_CALL, key).fetchone()
-            self._calls[key] = found and rows.read_call(found)
+            self._fetch_calls({key})
         return self._calls[key]
+
+    def _fetch_calls(self, keys: set[CallKey]) -> None:
+        self._calls.update((key, None) for key in keys)
+        for values in self._store.read_rows(rows.CALLS, [*keys]):
+            row = rows.read_call(values)
+            self._calls[row.session, row.seq] = row
 
     def put_call(self, row: CallRow) -> None:
         """Writes a call."""
@@ -72,26 +106,30 @@ class Transaction:
         """Returns what the session has used so far under these terms."""
         key = (session, terms)
         if key not in self._meters:
-            found = self._connection.execute(rows.READ_METER, key).fetchone()
-            self._meters[key] = found and Meter(*found)
+            self._fetch_meters({key})
         return self._meters[key]
+
+    def _fetch_meters(self, keys: set[MeterKey]) -> None:
+        self._meters.update((key, None) for key in keys)
+        for session, terms, *values in self._store.read_rows(rows.METERS, [*keys]):
+            self._meters[session, terms] = Meter(*values)
 
     def put_meter(self, session: bytes, terms: bytes, meter: Meter) -> None:
         """Writes what the session has used so far under these terms."""
         key = (session, terms)
         self._meters[key] = self._new_meters[key] = meter
 
-    # Stored outcomes, which are written at once and never changed.
+    # Stored outcomes, which are written once and never changed.
 
     def outcome(self, session: bytes, seq: int) -> Outcome | None:
         """Returns the stored answer of a call, if it is still kept."""
-        found = self._connection.execute(rows.READ_OUTCOME, (session, seq)).fetchone()
-        return found and rows.read_outcome(found)
+        found = self.select(rows.READ_OUTCOME, (session, seq))
+        return rows.read_outcome(found[0]) if found else None
 
     def put_outcome(self, session: bytes, seq: int, outcome: Outcome) -> None:
         """Stores an answer; the oldest make room for it."""
         *values, size = rows.write_outcome(outcome)
-        self.write(rows.WRITE_OUTCOME, (session, seq, *values, size))
+        self._new_outcomes.append((session, seq, *values, size))
         self.totals.outcome_bytes += size
         while self.totals.outcome_bytes > self._outcome_bytes_max:
             self._drop_oldest_outcomes()
@@ -108,28 +146,39 @@ class Transaction:
     def select(self, statement: str, values: Values | Mapping[str, Any] = ()) -> list[Values]:
         """Reads rows by a query, which sees everything put so far."""
         self._flush()
-        return self._connection.execute(statement, values).fetchall()
+        return self._store.select(statement, values)
 
     def write(self, statement: str, values: Values = ()) -> list[Values]:
         """Writes rows that no operation holds in memory."""
         self._changed = True
-        return self._connection.execute(statement, values).fetchall()
+        return self._store.select(statement, values)
+
+    def write_setting(self, key: str, value: str) -> None:
+        """Keeps a value for all workers."""
+        self.write(rows.WRITE_SETTING, (key, value))
+        self.tell_workers()
+
+    def tell_workers(self) -> None:
+        """Has every worker read anew what all have in common, before its next operation."""
+        self.totals.generation += 1
 
     def finish(self) -> bool:
         """Writes everything; tells whether there is anything to commit."""
         self._flush()
         if self._changed:
             self.totals.serial += 1
-            self._connection.execute(rows.WRITE_TOTALS, astuple(self.totals))
+            self._store.select(rows.WRITE_TOTALS, astuple(self.totals))
         return self._changed
 
     def _flush(self) -> None:
-        many = self._connection.executemany
-        for statement, new in (
-            (rows.WRITE_SESSION, map(rows.write_session, self._new_sessions.values())),
-            (rows.WRITE_CALL, map(rows.write_call, self._new_calls.values())),
-            (rows.WRITE_METER, itertools.starmap(rows.write_meter, self._new_meters.items())),
+        for table, new in (
+            (rows.SESSIONS, [*map(rows.write_session, self._new_sessions.values())]),
+            (rows.CALLS, [*map(rows.write_call, self._new_calls.values())]),
+            (rows.METERS, [*itertools.starmap(rows.write_meter, self._new_meters.items())]),
+            (rows.OUTCOMES, self._new_outcomes),
         ):
-            many(statement, new)
-        self._changed |= bool(self._new_sessions or self._new_calls or self._new_meters)
+            if new:
+                self._store.write_rows(table, new)
+                self._changed = True
         self._new_sessions, self._new_calls, self._new_meters = {}, {}, {}
+        self._new_outcomes = []
