@@ -21,6 +21,7 @@ from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import X402mwError
 from x402mw.core.strict import b64url_encode
 from x402mw.escrow.settings import LOCAL_PROXIES, NETWORK, Settings
+from x402mw.telemetry.logs import LogFormat, LogLevel, configure
 
 if TYPE_CHECKING:
     from x402mw.escrow.ledger import Ledger
@@ -76,12 +77,15 @@ def serve(
         str,
         typer.Option(envvar="FORWARDED_ALLOW_IPS", help="Whose X-Forwarded-For is believed."),
     ] = LOCAL_PROXIES,
+    log_format: Annotated[LogFormat, typer.Option(help="How records are written.")] = "text",
+    log_level: Annotated[LogLevel, typer.Option(help="The least that is written.")] = "warning",
 ) -> None:
     """Serve the escrow until SIGTERM; prints its URL and root key as NAME=value lines."""
     from x402mw.core.keys import public_key
     from x402mw.escrow import serve as server
     from x402mw.escrow.api import create_app
 
+    configure(log_format, log_level)
     settings = Settings(
         database_url=db,
         root_seed=_root_seed(db, may_create=True),

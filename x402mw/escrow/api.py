@@ -22,11 +22,13 @@ from x402mw.core import ids
 from x402mw.core.amounts import ZERO
 from x402mw.core.errors import Malformed
 from x402mw.core.strict import b64url_encode
+from x402mw.core.telemetry import Telemetry
 from x402mw.core.vouchers import network_id
 from x402mw.escrow import agents, bodies, redemption, sessions, web
 from x402mw.escrow.deadlines import HEARTBEAT_SECONDS
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.ledger import Clock, Ledger, Operation, open_ledger
+from x402mw.escrow.observing import Observed
 from x402mw.escrow.rules import STATUSES
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.transactions import Transaction
@@ -40,8 +42,13 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("x402mw.escrow")
 
 
-def create_app(settings: Settings, *, clock: Clock = time.time) -> Starlette:
-    """Makes the ASGI application; its lifespan opens the books and keeps the heartbeat."""
+def create_app(
+    settings: Settings, *, clock: Clock = time.time, telemetry: Telemetry | None = None
+) -> Starlette:
+    """Makes the ASGI application; its lifespan opens the books and keeps the heartbeat.
+
+    `telemetry` takes figures (`docs/operations.md`).
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -60,7 +67,10 @@ def create_app(settings: Settings, *, clock: Clock = time.time) -> Starlette:
         routes=_routes(),
         lifespan=lifespan,
         exception_handlers=web.EXCEPTION_HANDLERS,
-        middleware=[Middleware(web.Stamped, clock=clock)],
+        middleware=[
+            Middleware(web.Stamped, clock=clock),
+            Middleware(Observed, telemetry=telemetry),
+        ],
     )
     # A redirect would be built from the Host header; a path with a slash too many is just unknown.
     app.router.redirect_slashes = False
@@ -73,7 +83,7 @@ async def _sweep_forever(ledger: Ledger) -> None:
             await ledger.sweep()
         except Exception:
             # Deadlines also apply on access, so a failed sweep delays nothing but tidiness.
-            _log.exception("a sweep of deadlines failed")
+            _log.exception("a sweep of deadlines failed", extra={"event": "sweep_failed"})
         await asyncio.sleep(HEARTBEAT_SECONDS)
 
 

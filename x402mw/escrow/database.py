@@ -4,6 +4,7 @@ Transactions are short and decided under one lock: BEGIN IMMEDIATE on SQLite, a 
 on PostgreSQL (READ COMMITTED). Only connections from `reading` begin without it.
 """
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from x402mw.core.errors import ConfigurationError
 
+LOGGING_NAME = "x402mw"
 _READING = {"x402mw_reading": True}
 BUSY_MILLISECONDS = 10_000
 CONNECTIONS_MAX = 8
@@ -54,8 +56,8 @@ def database_file(url: str) -> Path | None:
 
 def open_engine(url: str) -> AsyncEngine:
     """Makes the engine, and an empty file if there is none. The caller disposes of it."""
-    # What people wrote and what they own is in the values, and must not reach a log.
-    options: dict[str, Any] = {"hide_parameters": True}
+    _keep_values_from_logs()
+    options: dict[str, Any] = {"hide_parameters": True, "logging_name": LOGGING_NAME}
     options |= {"pool_size": CONNECTIONS_MAX, "max_overflow": 0}
     file = database_file(url)
     if file is not None:
@@ -70,6 +72,20 @@ def open_engine(url: str) -> AsyncEngine:
         return create_async_engine(normal_url(url), **options)
     except ImportError:
         raise ConfigurationError('PostgreSQL needs: pip install "x402mw[postgres]"') from None
+
+
+def _keep_values_from_logs() -> None:
+    """What people wrote and what they own is in the values, and must not reach a log.
+
+    SQLAlchemy writes rows on DEBUG, which our own engine's logger leaves out; aiosqlite writes all
+    values there, and has one logger for everything in the process.
+    """
+    logging.getLogger(f"sqlalchemy.engine.Engine.{LOGGING_NAME}").setLevel(logging.INFO)
+    logging.getLogger("aiosqlite").addFilter(_tells_no_values)
+
+
+def _tells_no_values(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.DEBUG
 
 
 def _prepare_sqlite(engine: Engine) -> None:

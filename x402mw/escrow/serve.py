@@ -43,6 +43,8 @@ class AnnouncingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                # Whoever starts the process says where records go, uvicorn's own among them.
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 ws="none",

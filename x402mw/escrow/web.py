@@ -21,6 +21,7 @@ from x402mw.core.strict import loads_object
 from x402mw.escrow.database import is_unavailable
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.idempotency import KEY_CHARACTERS_MAX, Answer, Key, hash_body
+from x402mw.escrow.observing import REASON
 
 BODY_BYTES_MAX = 64 * 1024
 BODY_VALUES_MAX = 5000
@@ -132,10 +133,11 @@ def problem_response(refusal: Refused) -> Response:
 # What an exception becomes. Its text never leaves, except of refusals, which are written for it.
 
 
-async def on_refused(_request: Request, error: Exception) -> Response:
+async def on_refused(request: Request, error: Exception) -> Response:
     """Answers a refusal."""
     if not isinstance(error, Refused):
         raise error
+    request.scope[REASON] = error.reason
     return problem_response(error)
 
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _OF_EVERY_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {
@@ -37,8 +38,8 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def configure(form: LogFormat, level: str) -> None:
-    """Sends all records of at least `level` ("debug", "info", ...) to stderr, in this form."""
+def configure(form: LogFormat, level: LogLevel) -> None:
+    """Sends all records of at least `level` to stderr, in this form."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
