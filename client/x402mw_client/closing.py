@@ -29,7 +29,7 @@ from x402mw_client.answers import Word, retry_after
 from x402mw_client.operations import EscrowRecord
 from x402mw_client.sessions import Call, Offer, Session, State, Subject
 from x402mw_client.state import WalletState
-from x402mw_client.steps import Ask, Control, Sleep, Story
+from x402mw_client.steps import Ask, Control, Sleep, Story, Together, patiently
 from x402mw_client.upkeep import finish_openings
 
 log = logging.getLogger("x402mw.client")
@@ -61,8 +61,10 @@ def resolve_doubts(wallet: WalletState, now: float) -> Story[int]:
     A caller waits for this, so it takes a bounded time; who was asked last is asked last again.
     """
     known = 0
-    for session in sorted(wallet.purse.sessions.values(), key=lambda found: found.asked_at):
-        for call in session.doubts()[:DOUBTS_AT_ONCE]:
+    wallet.purse.recover()
+    doubtful = [session for session in wallet.purse.sessions.values() if session.doubtful]
+    for session in sorted(doubtful, key=lambda found: found.asked_at):
+        for call in list(session.doubtful.values())[:DOUBTS_AT_ONCE]:
             if wallet.clock() > now + DOUBTS_SECONDS:
                 return known
             try:
@@ -133,17 +135,21 @@ def _read_receipt_word(answer: httpx.Response, seq: int) -> Word | None:
 
 
 def close_all(wallet: WalletState) -> Story[None]:
-    """Closes every session of the wallet: at its provider, else at the escrow."""
+    """Closes every session of the wallet: at its provider, else at the escrow.
+
+    As long as other processes use the wallet they keep the sessions; the last one closes them.
+    """
+    if (yield from patiently(wallet.purse.leave_to_others)):
+        log.info("the sessions stay open for the other processes of this wallet")
+        return
     yield from finish_openings(wallet)
-    for session in list(wallet.purse.sessions.values()):
-        if session.state is not State.CLOSED:
-            yield from close_session(wallet, session)
+    sessions = [s for s in wallet.purse.sessions.values() if s.state is not State.CLOSED]
+    yield Together([close_session(wallet, session) for session in sessions])
 
 
 def close_session(wallet: WalletState, session: Session) -> Story[None]:
     """Closes a session so that its rest returns: by the provider at once, else by the escrow."""
-    if session.state is State.OPEN:
-        wallet.purse.end(session)
+    wallet.purse.end(session)
     charged = yield from _close_at_provider(wallet, session)
     if charged is not None:
         charged = yield from _confirm(session, charged)
@@ -205,6 +211,7 @@ def _final_charge(wallet: WalletState, session: Session, answer: httpx.Response)
     if found != (session.id, token.pay_to, token.journal, True):
         log.error("session %s: the final receipt is about something else", session.name)
         return None
+    wallet.purse.look()
     if not session.charged <= receipt.charged <= session.spent:
         log.error("session %s: the final receipt does not fit our account", session.name)
         wallet.purse.differ(session)

@@ -25,14 +25,23 @@ from x402mw_client import answers
 from x402mw_client.answers import Verdict, Word, classify, read_word, retry_after
 from x402mw_client.closing import learn_charge, resolve_doubts
 from x402mw_client.escrow import check_secure
-from x402mw_client.offers import choose, names_escrow, read_accepts
-from x402mw_client.purse import Stale
-from x402mw_client.sessions import Call, Form, Offer, Session
+from x402mw_client.memory import Busy
+from x402mw_client.probing import learn, probe
+from x402mw_client.sessions import Call, Form, Offer, Session, Stale
 from x402mw_client.state import WalletState
-from x402mw_client.steps import After, Outgoing, Read, Send, Sleep, Story, Take, Wait
-from x402mw_client.upkeep import funded_session, renew_token, trust
+from x402mw_client.steps import (
+    After,
+    Outgoing,
+    Read,
+    Send,
+    Sleep,
+    Story,
+    Take,
+    Wait,
+    patiently,
+)
+from x402mw_client.upkeep import funded_session, renew_token
 
-PROBE_SECONDS = 1.0
 TURN_SECONDS = 60.0
 PAUSE_MIN_SECONDS = 0.05
 RESEND_PAUSES: Final = (0.05, 0.25, 1.0)
@@ -66,36 +75,6 @@ def fetch(wallet: WalletState, request: Outgoing) -> Story[httpx.Response]:
     if isinstance(found, httpx.Response):
         return found
     return (yield from Payment(wallet, request, found).run())
-
-
-def probe(wallet: WalletState, request: Outgoing) -> Story[Offer | httpx.Response]:
-    """Sends a request unpaid, unless another's probe teaches us its price first."""
-    yield Wait(lambda: wallet.offers.find(request) or wallet.gate.enter(request), PROBE_SECONDS)
-    known = wallet.offers.find(request)
-    if known is not None:
-        return known
-    answered = False
-    try:
-        answer: httpx.Response = yield Send(None)
-        answered = True
-        # The gate opens only after the offer is learnt, so that the others can pay ahead.
-        offer = yield from learn(wallet, request, answer)
-    finally:
-        wallet.gate.leave(request, answered=answered)
-        wallet.signal.notify()
-    return answer if offer is None else offer
-
-
-def learn(wallet: WalletState, request: Outgoing, answer: httpx.Response) -> Story[Offer | None]:
-    """Reads a 402 and remembers the offer that is ours to pay, if there is one."""
-    ours = [entry for entry in read_accepts(answer) if names_escrow(entry, wallet.escrows)]
-    if not ours:
-        return None
-    yield from trust(wallet)
-    offer = choose(ours, request, wallet.network, wallet.network_id)
-    if offer is not None:
-        wallet.offers.learn(request.origin, offer)
-    return offer
 
 
 class Payment:
@@ -137,7 +116,7 @@ class Payment:
         self.signings = self.resends = 0
         self.slept = 0.0
         if self.call is not None:
-            self.call.in_flight = True
+            self.wallet.purse.take_up_again(self.call)
         return (yield from self.run())
 
     def _check_request(self) -> None:
@@ -177,15 +156,19 @@ class Payment:
         if self.call is not None and self.call.session is not session:
             raise self._unknown("the session of this payment takes no more calls")
         subject, purse = self.request.subject, self.wallet.purse
-        signed = purse.sign(session, self.offer, subject, self.call)
+        signed = yield from patiently(lambda: purse.sign(session, self.offer, subject, self.call))
         if signed is None:
             yield from resolve_doubts(self.wallet, self.wallet.clock())
-            signed = yield Wait(
-                lambda: purse.sign(session, self.offer, subject, self.call), TURN_SECONDS
-            )
+            signed = yield Wait(lambda: self._try_to_sign(session), TURN_SECONDS)
         if signed is None:
             raise LimitExceeded("max_open", "too much was open with this provider for too long")
         return signed[0], signed[1]
+
+    def _try_to_sign(self, session: Session) -> tuple[Call, Form] | None:
+        try:
+            return self.wallet.purse.sign(session, self.offer, self.request.subject, self.call)
+        except Busy:
+            return None
 
     # Sending, and what follows.
 
@@ -324,7 +307,8 @@ class Payment:
             self.wallet.purse.end(call.session)
             self._start_over(call, word.reason)
         elif word.reason == "cover":
-            self.wallet.purse.adopt(call.session, call.forms[-1], word)
+            form = call.forms[-1]
+            yield from patiently(lambda: self.wallet.purse.adopt(call.session, form, word))
         elif word.reason in TOKEN_REASONS:
             yield from renew_token(self.wallet, call.session, urgent=True)
         self.form = None

@@ -30,6 +30,10 @@ RENEW_SECONDS = 180
 _peek = lru_cache(maxsize=256)(peek_session_token)
 
 
+class Stale(Exception):
+    """The session cannot take this call as it stands: look for cover, or for another session."""
+
+
 class State(StrEnum):
     """Where a session stands for its buyer.
 
@@ -40,6 +44,14 @@ class State(StrEnum):
     ENDED = "ended"
     DIFFERS = "differs"
     CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the sessions that are over and forgotten have cost, and may have cost at worst."""
+
+    charged: Atomic = ZERO
+    worst: Atomic = ZERO
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +134,12 @@ class Call:
 class Session:
     """A funded relation with one provider, reached at one origin. Amounts are atomic units.
 
-    `target` is what a top-up fills the rest up to. `held` is the sum of the holds of `calls` plus
-    `unattributed`: what the provider reported open when we had lost our memory. `total_seen` is the
-    largest `chargedTotal` of any settled answer. A session read back from a file is not `proven`
-    until the provider has answered: the file may be an old copy, which one call alone finds out.
+    `target` is what a top-up fills the rest up to. `held` is the sum of the holds of all calls, of
+    this process (`calls`) and of others, plus `unattributed`: what the provider reported open when
+    we had lost our memory. `total_seen` is the largest `chargedTotal` of any settled answer. A
+    session read back from a file is not `proven` until the provider has answered: the file may be
+    an old copy, which one call alone finds out. `doubtful` are the calls that nobody waits for.
+    `receipt` is the provider's newest, and `unreceipted` the charged calls since one was asked for.
     """
 
     id: bytes
@@ -142,8 +156,11 @@ class Session:
     unattributed: Atomic = ZERO
     total_seen: Atomic = ZERO
     state: State = State.OPEN
-    calls: dict[int, Call] = field(default_factory=dict)
+    calls: dict[int, Call] = field(default_factory=dict, repr=False)
+    doubtful: dict[int, Call] = field(default_factory=dict, repr=False)
     proven: bool = True
+    unreceipted: int = 0
+    receipt: str = field(default="", repr=False)
     topup_after: float = 0.0
     renew_after: float = 0.0
     asked_at: float = 0.0
@@ -159,7 +176,7 @@ class Session:
         """The session's id as it is written."""
         return ids.format_id(ids.ESCROW, self.id)
 
-    @property
+    @cached_property
     def key(self) -> tuple[str, str, bytes]:
         """What calls it may pay for."""
         return session_key(self.origin, self.offer.terms)
@@ -193,28 +210,20 @@ class Session:
         """What a call holds now."""
         return call.hold if call is not None and call.seq in self.calls else 0
 
-    def hold(self, call: Call, amount: int) -> None:
-        """Raises what a call holds to `amount`; it never holds less than its largest form."""
-        before = self.held_by(call)
-        call.hold = Atomic(max(call.hold, amount))
-        call.paid.amount = call.hold
-        self.held = Atomic(self.held + call.hold - before)
+    def keep(self, call: Call, amount: int, expires: int) -> None:
+        """Looks after a call that holds `amount` now; it can be admitted until `expires`."""
+        call.hold = call.paid.amount = Atomic(amount)
+        call.expires = max(call.expires, expires)
         self.calls[call.seq] = call
 
-    def drop(self, call: Call) -> bool:
-        """Frees what a call holds; tells whether it was still held."""
-        if self.calls.pop(call.seq, None) is None:
-            return False
-        self.held = Atomic(self.held - call.hold)
-        return True
+    def forget(self, call: Call) -> None:
+        """Looks after a call no longer; what it held is for the books to lower."""
+        self.calls.pop(call.seq, None)
+        self.doubtful.pop(call.seq, None)
 
     def busy(self, call: Call | None) -> bool:
-        """Whether a call other than this one is on its way."""
+        """Whether a call of this process other than this one is on its way."""
         return any(other.in_flight and other is not call for other in self.calls.values())
-
-    def doubts(self) -> list[Call]:
-        """Calls that nobody is waiting on and whose charge is unknown."""
-        return [call for call in list(self.calls.values()) if not call.in_flight]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,14 +47,16 @@ class WalletState:
         self.buffer_limit = buffer_limit
         self.memory = memory
         self.clock = clock
-        self.purse = Purse(limits, memory, clock, on_payment)
+        self.purse = Purse(limits, memory, clock, self._read_offer, on_payment)
         self.signal = self.purse.signal
-        self.sections = Sections(self.signal)
+        self.sections = Sections(self.signal, memory)
         self.offers = LearntOffers()
         self.gate = ProbeGate()
         self.network, self.network_id, self.min_escrow = "", b"", ZERO
         self._root = None if escrow_root is None else _read_key(escrow_root)
-        self._recall()
+        self.recall()
+        self.purse.look()
+        self.purse.recover()
 
     @property
     def session_seconds(self) -> int | None:
@@ -69,35 +71,36 @@ class WalletState:
         key_set = open_key_set(keys.key_set, root)
         if self.network not in ("", key_set.network):
             raise TokenRefused("the escrow's network is not the one that is pinned")
-        for name, value in (
-            ("escrow", self.escrow),
-            ("root", b64url_encode(root)),
-            ("network", key_set.network),
-            ("min_escrow", str(key_set.min_escrow)),
-        ):
-            self.memory.set(name, value)
+        with self.purse.changing(durable=True):
+            # Another process may have pinned meanwhile: then its word holds.
+            if not self.recall():
+                self.memory.set("escrow", self.escrow)
+                self.memory.set("root", b64url_encode(root))
+                self.memory.set("network", key_set.network)
+                self.memory.set("min_escrow", str(key_set.min_escrow))
+            elif root != self._root:
+                raise TokenRefused("another process has pinned another root key")
         self._believe(root, key_set.network, key_set.min_escrow)
 
     def _believe(self, root: bytes, network: str, min_escrow: Atomic) -> None:
         self._root, self.network, self.min_escrow = root, network, min_escrow
         self.network_id = network_id(network, root)
 
-    def _recall(self) -> None:
-        """Takes up what the file remembers of earlier processes."""
+    def recall(self) -> bool:
+        """Takes up what the file remembers of the escrow; tells whether there is anything."""
         known = self.memory.settings
         if "network" not in known:
-            return
+            return False
         root = _read_key(known["root"])
         if known["escrow"] not in self.escrows or self._root not in (None, root):
             raise ConfigurationError("this wallet file belongs to another escrow")
         self._believe(root, known["network"], parse_atomic(known["min_escrow"]))
+        return True
 
-        def read(accepts: dict[str, object]) -> Offer:
-            return read_offer(accepts, self.network, self.network_id)
-
-        purse, memory = self.purse, self.memory
-        purse.sessions.update((session.id, session) for session in memory.load(read))
-        purse.openings.update((begun.pays_for, begun) for begun in memory.load_openings(read))
+    def _read_offer(self, accepts: dict[str, object]) -> Offer:
+        if not self.network_id:
+            self.recall()
+        return read_offer(accepts, self.network, self.network_id)
 
 
 def _read_key(text: str) -> bytes:

@@ -13,10 +13,14 @@ from typing import Any, TypeVar
 
 import httpx
 
+from x402mw.core.errors import LocalError
+from x402mw_client.memory import Busy
 from x402mw_client.operations import Operation
 from x402mw_client.sessions import Subject
 
 PATIENCE_SECONDS = 30.0
+BUSY_SECONDS = 60.0
+BUSY_PAUSE_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,13 @@ class After:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """Tell several stories at once; they send nothing of the caller's."""
+
+    stories: "list[Story[None]]"
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """Carry out an operation at the escrow."""
 
@@ -86,9 +97,19 @@ class Wait:
     seconds: float
 
 
-Step = Send | Control | Read | Take | Discard | After | Ask | Sleep | Wait
+Step = Send | Control | Read | Take | Discard | After | Together | Ask | Sleep | Wait
 T = TypeVar("T")
 Story = Generator[Step, Any, T]
+
+
+def patiently(change: Callable[[], T]) -> Story[T]:
+    """Changes the wallet's books, as soon as other processes let go of its file."""
+    for _ in range(int(BUSY_SECONDS / BUSY_PAUSE_SECONDS)):
+        try:
+            return change()
+        except Busy:
+            yield Sleep(BUSY_PAUSE_SECONDS)
+    raise LocalError("another process is stuck while it changes the wallet file")
 
 
 @dataclass(eq=False)

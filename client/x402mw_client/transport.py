@@ -2,8 +2,9 @@
 
 import httpx
 
+from x402mw_client.bodies import read_request, read_request_async
 from x402mw_client.closing import close_all
-from x402mw_client.drive import AsyncDriver, SyncDriver, read_request, read_request_async
+from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.flow import Payment, fetch
 from x402mw_client.steps import origin_of
 from x402mw_client.wallet import Wallet

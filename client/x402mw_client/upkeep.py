@@ -24,19 +24,19 @@ from x402mw.core.keys import public_key
 from x402mw.core.tokens import peek_session_token
 from x402mw_client import operations
 from x402mw_client.operations import EscrowRecord
-from x402mw_client.purse import Stale
 from x402mw_client.sessions import (
     RENEW_SECONDS,
     Call,
     Offer,
     Opening,
     Session,
+    Stale,
     State,
     deposit_target,
     session_key,
 )
 from x402mw_client.state import WalletState
-from x402mw_client.steps import Ask, Story, Wait
+from x402mw_client.steps import Ask, Story, Wait, patiently
 from x402mw_client.waiting import ENTERED
 
 log = logging.getLogger("x402mw.client")
@@ -63,8 +63,10 @@ def trust(wallet: WalletState) -> Story[None]:
     found = yield from alone(wallet, "trust", lambda: wallet.network_id)
     if found is ENTERED:
         with wallet.sections.leaving("trust"):
-            keys = yield Ask(operations.keys())
-            wallet.pin(keys)
+            wallet.purse.look()
+            if not wallet.recall():
+                keys = yield Ask(operations.keys())
+                yield from patiently(lambda: wallet.pin(keys))
 
 
 # A session that can take the next call.
@@ -85,7 +87,8 @@ def funded_session(
         session = yield from alone(wallet, ("open", key), lambda: wallet.purse.usable(key))
         if session is ENTERED:
             with wallet.sections.leaving(("open", key)):
-                session = yield from _open(wallet, origin, offer)
+                # Another process may have opened one just before.
+                session = wallet.purse.usable(key) or (yield from _open(wallet, origin, offer))
     yield from _fresh_token(wallet, session)
     if not session.takes_calls(wallet.clock()):
         raise Stale
@@ -146,7 +149,8 @@ def _opening(
 
 def _finish(wallet: WalletState, opening: Opening) -> Story[Session]:
     """Asks the escrow for a session, or finds the one that an earlier sending of this opened."""
-    wallet.purse.begin(opening)
+    wallet.purse.check_process()
+    yield from patiently(lambda: wallet.purse.begin(opening))
     terms = opening.offer.terms
     operation = operations.open_session(
         terms.pay_to,
@@ -162,7 +166,8 @@ def _finish(wallet: WalletState, opening: Opening) -> Story[Session]:
         if error.status not in UNDECIDED:
             wallet.purse.abandon(opening)
         raise
-    session = wallet.purse.add(_opened(record, opening), opening)
+    opened = _opened(record, opening)
+    session = yield from patiently(lambda: wallet.purse.add(opened, opening))
     log.info("opened session %s with %s", session.name, display(session.deposit))
     return session
 
@@ -205,9 +210,20 @@ def _enter(
     wallet: WalletState, name: object, done: Callable[[], Any], *, urgent: bool
 ) -> Story[bool]:
     """Tells whether this caller shall do it: who is not in a hurry never waits for another."""
+
+    def is_done() -> Any:
+        wallet.purse.look()
+        return done()
+
     if urgent:
-        return (yield from alone(wallet, name, done)) is ENTERED
-    return wallet.sections.enter(name, wallet.sections.ticket()) is ENTERED
+        entered = (yield from alone(wallet, name, is_done)) is ENTERED
+    else:
+        entered = wallet.sections.enter(name, wallet.sections.ticket()) is ENTERED
+    if entered and is_done():
+        # Another process did it just before.
+        with wallet.sections.leaving(name):
+            return False
+    return entered
 
 
 def _fresh_token(wallet: WalletState, session: Session) -> Story[None]:
@@ -231,7 +247,7 @@ def renew_token(wallet: WalletState, session: Session, *, urgent: bool) -> Story
         with wallet.sections.leaving(name):
             renewal = operations.renew_token(session.id)
             record = yield Ask(replace(renewal, repeatable=urgent))
-            wallet.purse.renew(session, record)
+            yield from patiently(lambda: wallet.purse.renew(session, record))
     except (EscrowRefused, EscrowUnavailable) as error:
         if isinstance(error, EscrowRefused) and error.reason in ENDED_REASONS:
             log.info("session %s takes no new calls: %s", session.name, error.reason)
@@ -242,19 +258,23 @@ def renew_token(wallet: WalletState, session: Session, *, urgent: bool) -> Story
 
 def _cover(wallet: WalletState, session: Session, offer: Offer, more: int) -> Story[None]:
     """Tops the session up to its target when its rest runs low; a call that fits does not wait."""
+    low = session.target // 10 if wallet.clock() >= session.topup_after else 0
     urgent = session.rest < more
-    low = session.rest < session.target // 10 and wallet.clock() >= session.topup_after
-    if not (urgent or low):
+    if not urgent and session.rest >= low:
         return
     if urgent:
         wallet.purse.check(offer.terms.amount, more, session)
-    name = ("topup", session.id)
-    if not (yield from _enter(wallet, name, lambda: session.rest >= more, urgent=urgent)):
+
+    def done() -> bool:
+        return session.rest >= (more if urgent else low)
+
+    if not (yield from _enter(wallet, ("topup", session.id), done, urgent=urgent)):
         return
     session.topup_after = wallet.clock() + PAUSE_SECONDS
     try:
-        with wallet.sections.leaving(name):
-            session.target = max(session.target, _target(wallet, offer))
+        with wallet.sections.leaving(("topup", session.id)):
+            target = _target(wallet, offer)
+            yield from patiently(lambda: wallet.purse.aim(session, target))
             yield from _top_up(wallet, session, Atomic(session.target - session.rest), more)
     except (EscrowRefused, EscrowUnavailable) as error:
         log.info("session %s was not topped up: %s", session.name, error)
@@ -270,6 +290,6 @@ def _top_up(wallet: WalletState, session: Session, amount: Atomic, more: int) ->
         if not more - session.rest <= balance < amount or balance == 0:
             raise
         record = yield Ask(operations.topup(session.id, balance))
-    wallet.purse.renew(session, record)
+    yield from patiently(lambda: wallet.purse.renew(session, record))
     session.topup_after = 0.0
     log.info("topped up session %s to %s", session.name, display(session.deposit))

@@ -11,14 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
+from x402mw_client.memory import Memory
+
 ENTERED: Final = object()
 """What `Sections.enter` returns to the one who is now inside."""
 
 
 class Signal:
-    """Something changed. Waiters check their condition after each notice, and before the first."""
+    """Something changed. Waiters check their condition after each notice, and before the first.
 
-    def __init__(self) -> None:
+    With `poll_seconds` they also check it that often: what another process changed nobody notices.
+    """
+
+    def __init__(self, poll_seconds: float | None = None) -> None:
+        self._poll = poll_seconds
         self._waiters: set[Callable[[], object]] = set()
         self._lock = threading.Lock()
 
@@ -55,7 +61,9 @@ class Signal:
             with self._waking(wake):
                 async with asyncio.timeout(seconds):
                     while not (found := condition()):
-                        await changed.wait()
+                        with suppress(TimeoutError):
+                            async with asyncio.timeout(self._poll):
+                                await changed.wait()
                         changed.clear()
         except TimeoutError:
             return None
@@ -66,17 +74,19 @@ class Signal:
         changed, deadline = threading.Event(), time.monotonic() + seconds
         with self._waking(changed.set):
             while not (found := condition()):
-                if not changed.wait(max(0, deadline - time.monotonic())):
+                left = deadline - time.monotonic()
+                if left <= 0:
                     return None
+                changed.wait(left if self._poll is None else min(left, self._poll))
                 changed.clear()
         return found
 
 
 class Sections:
-    """Single-flight sections by name."""
+    """Single-flight sections by name, among all processes that share the wallet's memory."""
 
-    def __init__(self, signal: Signal) -> None:
-        self._signal = signal
+    def __init__(self, signal: Signal, memory: Memory) -> None:
+        self._signal, self._memory = signal, memory
         self._lock = threading.Lock()
         self._inside: set[object] = set()
         self._failures: dict[object, tuple[int, Exception]] = {}
@@ -94,6 +104,8 @@ class Sections:
             ended, failure = self._failures.get(name, (0, None))
             if failure is not None and ended > ticket:
                 raise failure
+            if not self._memory.enter(name):
+                return None
             self._inside.add(name)
             return ENTERED
 
@@ -112,6 +124,7 @@ class Sections:
     def _leave(self, name: object, failure: Exception | None) -> None:
         with self._lock:
             self._inside.discard(name)
+            self._memory.exit(name)
             self._ended += 1
             self._failures.pop(name, None)
             if failure is not None:

@@ -13,10 +13,10 @@ from x402mw_client.closing import close_all, close_lost
 from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
 from x402mw_client.limits import Limits
-from x402mw_client.memory import Memory
 from x402mw_client.sessions import Paid, State
 from x402mw_client.state import BUFFER_BYTES, WalletState
 from x402mw_client.steps import Story
+from x402mw_client.walletfile import open_memory
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class Wallet:
     ) -> None:
         check_secure(httpx.URL(escrow))
         self._api_key = api_key
-        self._memory = Memory(path)
+        self._memory = open_memory(path)
         try:
             self.state = WalletState(
                 escrow=escrow,
@@ -89,16 +89,21 @@ class Wallet:
     @property
     def spent(self) -> Atomic:
         """What calls were charged so far, in atomic units; open calls are not in it."""
-        with self.state.purse.lock:
-            return Atomic(sum(session.charged for session in self.state.purse.sessions.values()))
+        purse = self.state.purse
+        purse.look()
+        with purse.lock:
+            live = sum(session.charged for session in purse.sessions.values())
+            return Atomic(purse.past.charged + live)
 
     def summary(self) -> Summary:
         """Adds up all sessions of this wallet."""
-        with self.state.purse.lock:
-            sessions = list(self.state.purse.sessions.values())
+        purse = self.state.purse
+        purse.look()
+        with purse.lock:
+            sessions = list(purse.sessions.values())
             live = [session for session in sessions if session.state is not State.CLOSED]
             return Summary(
-                paid=display(sum(session.charged for session in sessions)),
+                paid=display(purse.past.charged + sum(session.charged for session in sessions)),
                 held=display(sum(session.held for session in sessions)),
                 locked=display(sum(session.deposit for session in live)),
                 open_sessions=len(live),

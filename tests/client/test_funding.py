@@ -160,7 +160,7 @@ async def test_a_failed_opening_is_everybodys_failure(monkeypatch: pytest.Monkey
 
 async def test_a_hanging_probe_holds_nobody_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others wait at most a moment for the head of a probe."""
-    monkeypatch.setattr("x402mw_client.flow.PROBE_SECONDS", 0.02)
+    monkeypatch.setattr("x402mw_client.probing.PROBE_SECONDS", 0.02)
     world = World("async")
     hangs = asyncio.Event()
 

@@ -18,7 +18,7 @@ from x402mw.core.errors import (
     PaymentOutcomeUnknown,
     PaymentRefused,
 )
-from x402mw_client import drive, flow
+from x402mw_client import bodies, flow
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
 from x402mw_client.steps import Sleep
 
@@ -54,7 +54,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return Sleep(0)
 
     monkeypatch.setattr(flow, "Sleep", pause)
-    monkeypatch.setattr(drive, "DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr(bodies, "DRAIN_SECONDS", 0.05)
     return found
 
 

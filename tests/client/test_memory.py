@@ -19,7 +19,8 @@ from tests.client.world import LIMITS, World, many
 from tests.support import payments as p
 from x402mw.core.errors import ConfigurationError, LocalError, PaymentOutcomeUnknown
 from x402mw.core.strict import b64url_encode
-from x402mw_client import Wallet
+from x402mw_client import Wallet, schema
+from x402mw_client.flow import PAYMENT
 from x402mw_client.sessions import State
 
 pytestmark = pytest.mark.anyio
@@ -80,20 +81,16 @@ def open_wallet(path: Path, **more: Any) -> Wallet:
     return Wallet(**{"escrow": ESCROW, "api_key": "k", "limits": LIMITS, "path": path} | more)
 
 
-def test_a_second_process_is_refused(path: Path) -> None:
-    """One process at a time: another one is told so, and the first goes on."""
-    wallet = open_wallet(path)
-    code = f"""
-        from x402mw_client import Limits, Wallet
-        Wallet(escrow={ESCROW!r}, api_key="k", limits=Limits("1", "1"), path={str(path)!r})
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "client")
-    assert "ConfigurationError" in second.stderr
-    assert "in use by another process" in second.stderr
-    with pytest.raises(ConfigurationError, match="in use"):
+def test_an_older_program_is_not_disturbed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that a program of version 1 has for itself is refused, with that guess."""
+    monkeypatch.setattr(schema, "OPEN_SECONDS", 0.1)
+    older = sqlite3.connect(path)
+    older.execute("PRAGMA locking_mode = EXCLUSIVE")
+    older.execute("PRAGMA journal_mode = WAL")
+    older.execute("CREATE TABLE settings (name)")
+    with pytest.raises(ConfigurationError, match="older version"):
         open_wallet(path)
-    wallet._memory.set("still", "works")
+    older.close()
 
 
 def test_what_is_no_wallet_file_is_refused(path: Path) -> None:
@@ -197,19 +194,20 @@ async def test_an_answer_is_not_lost_with_the_disk(
     """If only the charge cannot be written the caller has its answer, and the file the hold."""
     world.connect(path=path)
     await world.get("/item/a")
-    save = world.wallet._memory.save
 
-    def full(*given: Any, **named: Any) -> None:
-        if "opened" not in named:
-            raise sqlite3.OperationalError("disk full")
-        save(*given, **named)
+    def full(*given: Any) -> None:
+        raise sqlite3.OperationalError("disk full")
 
-    monkeypatch.setattr(world.wallet._memory, "save", full)
-    assert (await world.get("/item/a")).text == "ran 2"
+    with monkeypatch.context() as patched:
+        patched.setattr(world.wallet._memory, "drop", full)
+        answer = await world.get("/item/a")
+    assert (answer.text, answer.extensions[PAYMENT].charge) == ("ran 2", 1000)
     assert "cannot be written" in caplog.text
-    assert world.money() == (2000, 0)
-    restart(world, path)
     assert world.money() == (1000, 1000)
+    await world.get("/item/a")
+    assert world.money() == (3000, 0)
+    restart(world, path)
+    assert world.money() == (3000, 0)
 
 
 async def test_a_file_that_cannot_be_written_signs_nothing(

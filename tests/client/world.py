@@ -82,6 +82,7 @@ class World:
     @property
     def session(self) -> Any:
         """The newest session of the wallet."""
+        self.wallet.state.purse.look()
         return list(self.wallet.state.purse.sessions.values())[-1]
 
     @property
@@ -95,6 +96,7 @@ class World:
 
     def money(self) -> tuple[int, int]:
         """What was paid and what is held, in atomic units."""
+        self.wallet.state.purse.look()
         sessions = self.wallet.state.purse.sessions.values()
         return sum(s.charged for s in sessions), sum(s.held for s in sessions)
 
