@@ -77,11 +77,11 @@ def open_engine(url: str) -> AsyncEngine:
 def _keep_values_from_logs() -> None:
     """What people wrote and what they own is in the values, and must not reach a log.
 
-    SQLAlchemy writes rows on DEBUG, which our own engine's logger leaves out; aiosqlite writes all
-    values there, and has one logger for everything in the process.
+    On DEBUG, SQLAlchemy writes rows (our engine has a logger of its own) and aiosqlite all values
+    (it has one logger for everything in the process).
     """
-    logging.getLogger(f"sqlalchemy.engine.Engine.{LOGGING_NAME}").setLevel(logging.INFO)
-    logging.getLogger("aiosqlite").addFilter(_tells_no_values)
+    for name in (f"sqlalchemy.engine.Engine.{LOGGING_NAME}", "aiosqlite"):
+        logging.getLogger(name).addFilter(_tells_no_values)
 
 
 def _tells_no_values(record: logging.LogRecord) -> bool:
