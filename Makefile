@@ -3,14 +3,16 @@
 #   make test    everything that must hold: ruff, mypy, pytest
 #   make check   ruff and mypy only
 #   make long    the tests again, with many more examples and kills
+#   make bench   peers and ourselves, side by side; about ten minutes (QUICK=1: one)
 
 # A python that is only a version manager's stub does not run, so each one is tried.
 SYSTEM_PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.14 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/ready
+BENCH := .venv-bench
 
-.PHONY: demo test check long clean
+.PHONY: demo test check long bench clean
 
 demo: $(READY)
 	$(BIN)/x402mw demo
@@ -27,6 +29,17 @@ check: $(READY)
 long: $(READY)
 	X402MW_LONG=1 $(BIN)/pytest -q -n 2 -o faulthandler_timeout=3600
 
+# The peers live in an environment of their own: nothing else here needs them.
+bench: $(BENCH)/ready
+	$(BENCH)/bin/python -m bench $(if $(QUICK),--scale quick,--page docs/performance.md) $(ARGS)
+
+$(BENCH)/ready: pyproject.toml
+	@test -n "$(SYSTEM_PYTHON)" || { echo "x402mw needs Python 3.11 or newer" >&2; exit 1; }
+	@test -x $(BENCH)/bin/python || $(SYSTEM_PYTHON) -m venv $(BENCH)
+	@echo "setting up $(BENCH) (once) ..."
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	@touch $@
+
 $(READY): pyproject.toml
 	@test -n "$(SYSTEM_PYTHON)" || { echo "x402mw needs Python 3.11 or newer" >&2; exit 1; }
 	@test -x $(BIN)/python || $(SYSTEM_PYTHON) -m venv .venv
@@ -35,4 +48,4 @@ $(READY): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv $(BENCH) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

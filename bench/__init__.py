@@ -1,0 +1,1 @@
+"""Peers and ourselves, side by side: `make bench` (`docs/performance.md`)."""
