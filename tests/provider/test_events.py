@@ -74,9 +74,11 @@ async def test_gauges_tell_how_things_stand_until_the_stop(desk, figures, tmp_pa
         await shop.pay(shop.payment())
         assert seen[0]["provider.open_calls"] == 1
         shop.link.away = True
+        shop.redeemer.lag = 12.5
         assert figures.read() == {
             "provider.open_calls": 0,
             "provider.unredeemed": 1000,
+            "provider.redemption.lag": 12.5,
             "provider.escrow_away": 1,
         }
     assert figures.read() == {}

@@ -157,14 +157,6 @@ class Events:
         text = f"the escrow did not redeem session {shown}: {code}"
         _tell(logging.ERROR, "redemption_refused", text, session=shown, reason=code)
 
-    def restored(self) -> None:
-        """The journal turned out to be a restored backup."""
-        text = (
-            "this journal is a restored backup: it takes a new id, and its old sessions take no"
-            " more calls; what they owe is still redeemed"
-        )
-        _tell(logging.ERROR, "backup_restored", text)
-
     def escrow_away(self, error: Exception) -> None:
         """The escrow could not be used; told once, until it can."""
         if not self._escrow_away:

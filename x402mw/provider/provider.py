@@ -114,7 +114,9 @@ class Provider:
         self, journal: Journal, link: EscrowLink, prices: Prices, path_prefix: str, control: str
     ) -> Service:
         events = Events(self._telemetry)
-        redeemer = Redeemer(journal, link, by_age=self._redeem_seconds)
+        redeemer = Redeemer(
+            journal, link, by_age=self._redeem_seconds, events=events, clock=self._clock
+        )
 
         async def rebuild() -> None:
             """Offers name the journal: when that is replaced, they are made anew."""

@@ -14,13 +14,14 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import groupby
 
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import EscrowRefused, EscrowUnavailable, X402mwError
-from x402mw.core.ids import ESCROW, format_id
 from x402mw.core.sessions import SessionState
+from x402mw.provider.events import Events
 from x402mw.provider.journal import Due, Item, Journal, JournalUnavailable, Refusal, Report
 from x402mw.provider.link import EscrowLink
 from x402mw_client.operations import Change, RedeemItem, Verdict
@@ -63,12 +64,17 @@ class Redeemer:
         by_age: float = BY_AGE_SECONDS,
         contact_seconds: float = CONTACT_SECONDS,
         round_seconds: float = ROUND_SECONDS,
+        events: Events | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._journal = journal
         self._link = link
         self._rule = Due(by_amount, by_age, CLAIM_MARGIN_SECONDS)
         self._contact_seconds = contact_seconds
         self._round_seconds = round_seconds
+        self._events = events or Events()
+        self._clock = clock
+        self._owed_since: int | None = None
         self._nudged = asyncio.Event()
         self._contacting = asyncio.Lock()
         self._contact_at = float("-inf")
@@ -88,7 +94,7 @@ class Redeemer:
             async with asyncio.timeout(FIRST_CONTACT_SECONDS):
                 await self.contact()
         except (X402mwError, TimeoutError) as error:
-            log.warning("starting with the escrow away: %s", error)
+            self._events.escrow_away(error)
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
@@ -100,12 +106,19 @@ class Redeemer:
             async with asyncio.timeout(LAST_SECONDS):
                 await self.redeem_all()
         except (X402mwError, TimeoutError) as error:
-            log.warning("stopping before everything could be redeemed: %s", error)
+            more = {"event": "stopped_owing"}
+            log.warning("stopping before everything could be redeemed: %s", error, extra=more)
 
     @property
     def failing(self) -> bool:
         """Whether the last round failed: then an escrow that answers still takes no money in."""
         return self._failures > 0 or bool(self._journal.setting(FAILING))
+
+    @property
+    def lag(self) -> float:
+        """For how many seconds the oldest money owed has waited, as of the last round."""
+        since = self._owed_since
+        return 0.0 if since is None else max(0.0, self._clock() - since)
 
     def nudge(self) -> None:
         """Asks for everything owed to be redeemed now."""
@@ -119,12 +132,13 @@ class Redeemer:
                 await self._round()
             except X402mwError as error:
                 self._fail()
-                log.warning("the escrow could not be used: %s", error)
+                self._events.escrow_away(error)
             except Exception:
                 self._fail()
-                log.exception("a round of redeeming failed")
+                log.exception("a round of redeeming failed", extra={"event": "redeeming_failed"})
             else:
                 self._failures = 0
+                self._events.escrow_back()
             await self._tell_failing()
             await self._pause()
 
@@ -150,6 +164,8 @@ class Redeemer:
         if self._journal.leads or self._nudged.is_set():
             self._nudged.clear()
             await self._send(await self._journal.due(rule, ITEMS_MAX))
+        if self._events.telemetry is not None:
+            self._owed_since = await self._journal.owed_since()
 
     async def _pause(self) -> None:
         """Waits for the next round: a nudge shortens it, but not while the escrow is failing."""
@@ -189,8 +205,10 @@ class Redeemer:
         )
         if page.next < since:
             raise EscrowUnavailable("the escrow's changes run backwards")
+        reports = [_report_change(change) for change in page.changes]
+        self._tell_closed(reports)
         if await journal.apply_changes(
-            [_report_change(change) for change in page.changes],
+            reports,
             journal=name,
             since=since,
             until=page.next if page.changes else since,
@@ -231,7 +249,7 @@ class Redeemer:
             item = await self._journal.due_session(session, final=final)
             done = item is None or session in await self._send([item])
         except X402mwError as error:
-            log.warning("a session could not be redeemed now: %s", error)
+            self._events.escrow_away(error)
             return False
         if not final:
             return done
@@ -262,6 +280,7 @@ class Redeemer:
 
     async def _send_batch(self, journal: bytes, items: list[Item]) -> set[bytes]:
         lines = [_line(item) for item in items]
+        since = _now()
         try:
             answer = await self._link.contact(
                 self._link.escrow.redeem(journal, self._journal.serial, lines)
@@ -272,8 +291,21 @@ class Redeemer:
             return await self._send_apart(journal, items, error)
         if len(answer.items) != len(items):
             raise EscrowUnavailable("the escrow did not answer item by item")
-        return await self._apply(
-            [_read(item, verdict) for item, verdict in zip(items, answer.items, strict=True)]
+        verdicts = [_read(item, verdict) for item, verdict in zip(items, answer.items, strict=True)]
+        accepted = await self._apply(verdicts)
+        self._tell_batch(items, verdicts, _now() - since)
+        return accepted
+
+    def _tell_batch(
+        self, items: Sequence[Item], verdicts: Sequence[Report | Refusal], seconds: float
+    ) -> None:
+        pairs = list(zip(items, verdicts, strict=True))
+        more = [one.redeemed - item.redeemed for item, one in pairs if isinstance(one, Report)]
+        self._events.redeemed(
+            accepted=len(more),
+            refused=len(pairs) - len(more),
+            amount=sum(max(0, one) for one in more),
+            seconds=seconds,
         )
 
     async def _send_apart(
@@ -289,13 +321,18 @@ class Redeemer:
 
     async def _apply(self, verdicts: Sequence[Report | Refusal]) -> set[bytes]:
         reports = [verdict for verdict in verdicts if isinstance(verdict, Report)]
+        self._tell_closed(reports)
         refusals = [verdict for verdict in verdicts if isinstance(verdict, Refusal)]
         for refusal in refusals:
-            name = format_id(ESCROW, refusal.session)
-            log.error("the escrow did not redeem session %s: %s", name, refusal.code)
+            self._events.not_redeemed(refusal.session, refusal.code)
         if await self._journal.apply_verdicts(reports, refusals):
             await self._meet_anew()
         return {report.session for report in reports}
+
+    def _tell_closed(self, reports: Sequence[Report]) -> None:
+        for report in reports:
+            if report.ended:
+                self._events.closed(report.session, report.redeemed)
 
 
 def _journal_of(item: Item) -> bytes:

@@ -86,6 +86,7 @@ class Service:
             {
                 figures.OPEN_CALLS: lambda: len(self.running),
                 figures.UNREDEEMED: lambda: self.journal.unredeemed,
+                figures.REDEMPTION_LAG: lambda: self.redeemer.lag,
                 figures.ESCROW_AWAY: lambda: int(self.link.away or self.redeemer.failing),
             }
         )

@@ -218,6 +218,10 @@ class Journal:
         """Returns up to `limit` sessions to redeem, durably noted as sent."""
         return await self._do(partial(redemption.due, rule=rule, limit=limit))
 
+    async def owed_since(self) -> int | None:
+        """Returns since when (seconds) the oldest money has been owed; None if nothing is."""
+        return await self._do(redemption.owed_since)
+
     async def due_session(self, session: bytes, *, final: bool) -> Item | None:
         """Returns one session to redeem, durably noted as sent; None if there is nothing to send.
 
@@ -307,7 +311,8 @@ def _admit(
 def _replace_identity(transaction: Transaction) -> None:
     log.error(
         "this journal is a restored backup: it takes a new id, and its old sessions take no"
-        " more calls; what they owe is still redeemed"
+        " more calls; what they owe is still redeemed",
+        extra={"event": "backup_restored"},
     )
     redemption.replace_identity(transaction, *new_identity())
     transaction.write_setting(CHANGES_CURSOR, "0")

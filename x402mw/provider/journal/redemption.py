@@ -38,13 +38,17 @@ class Due:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One session to redeem. Without a `voucher` nothing was ever charged."""
+    """One session to redeem. Without a `voucher` nothing was ever charged.
+
+    `redeemed` is what the escrow had accepted before.
+    """
 
     session: bytes
     journal: bytes
     voucher: bytes | None
     amount: Atomic
     final: bool
+    redeemed: Atomic = ZERO
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,12 @@ def due(transaction: Transaction, rule: Due, limit: int) -> list[Item]:
     return [_send(transaction, row) for row in list(found.values())[:limit]]
 
 
+def owed_since(transaction: Transaction) -> int | None:
+    """Returns since when (seconds) the oldest money has been owed; None if nothing is."""
+    ((oldest,),) = transaction.select(rows.OLDEST_OWED)
+    return None if oldest is None else int(oldest)
+
+
 def one(transaction: Transaction, session: bytes, *, final: bool) -> Item | None:
     """Returns the item of one session, noted as sent; None if there is nothing to send.
 
@@ -106,7 +116,8 @@ def _send(transaction: Transaction, row: SessionRow) -> Item:
     charged = row.account.charged
     if charged > row.sent:
         transaction.put_session(replace(row, sent=charged))
-    return Item(row.id, row.journal, row.voucher, charged, final=_may_close(row))
+    final = _may_close(row)
+    return Item(row.id, row.journal, row.voucher, charged, final=final, redeemed=row.redeemed)
 
 
 def apply_reports(transaction: Transaction, reports: Iterable[Report], journal: bytes) -> bool:

@@ -202,6 +202,7 @@ OWED_SESSIONS = (
     ORDER BY claim_until LIMIT :limit
 """
 )
+OLDEST_OWED = "SELECT min(owed_since) FROM sessions WHERE owed_since IS NOT NULL"
 # A sum is cast because some databases widen it to a decimal.
 READ_SUMS = """
     SELECT
