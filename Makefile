@@ -3,6 +3,7 @@
 #   make test    everything that must hold: ruff, mypy, pytest
 #   make check   ruff and mypy only
 #   make long    the tests again, with many more examples and kills
+#   make sim     ten thousand simulated worlds (SEEDS=1000; SEED=17 replays one, with its trace)
 #   make bench   peers and ourselves, side by side; about ten minutes (QUICK=1: one)
 
 # A python that is only a version manager's stub does not run, so each one is tried.
@@ -12,7 +13,7 @@ BIN := .venv/bin
 READY := .venv/ready
 BENCH := .venv-bench
 
-.PHONY: demo test check long bench clean
+.PHONY: demo test check long sim bench clean
 
 demo: $(READY)
 	$(BIN)/x402mw demo
@@ -28,6 +29,9 @@ check: $(READY)
 
 long: $(READY)
 	X402MW_LONG=1 $(BIN)/pytest -q -n 2 -o faulthandler_timeout=3600
+
+sim: $(READY)
+	PYTHONPATH=client:. $(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000)) $(ARGS)
 
 # The peers live in an environment of their own: nothing else here needs them.
 bench: $(BENCH)/ready
