@@ -9,18 +9,22 @@ from typing import Any
 
 import httpx
 
-from tests.support.escrow import Agent, EscrowProcess, running_escrow
+from tests.support.escrow import (
+    RECEIPT_KEY,
+    SESSION_KEY,
+    SESSION_SEED,
+    Agent,
+    EscrowProcess,
+    running_escrow,
+)
 from x402mw.core import ids
 from x402mw.core.amounts import Atomic, to_atomic
-from x402mw.core.keys import public_key, secret_key
-from x402mw.core.strict import b64url_decode, b64url_encode
+from x402mw.core.keys import secret_key
+from x402mw.core.strict import b64url_decode
 from x402mw.core.tokens import KeySet, SessionToken, open_key_set, open_session_token
 from x402mw.core.vouchers import Voucher, network_id, sign_voucher
 from x402mw.escrow.settings import NETWORK
 
-SESSION_SEED, RECEIPT_SEED = b"s" * 32, b"r" * 32
-SESSION_KEY = b64url_encode(public_key(SESSION_SEED))
-RECEIPT_KEY = b64url_encode(public_key(RECEIPT_SEED))
 JOURNAL = "jr_" + "1" * 32
 
 

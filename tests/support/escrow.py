@@ -27,6 +27,9 @@ from x402mw.escrow.serve import AnnouncingServer, bind, url_of
 from x402mw.escrow.settings import Settings
 
 ROOT_SEED = bytes(range(32))
+SESSION_SEED, RECEIPT_SEED = b"s" * 32, b"r" * 32
+SESSION_KEY = b64url_encode(public_key(SESSION_SEED))
+RECEIPT_KEY = b64url_encode(public_key(RECEIPT_SEED))
 START = 1_800_000_000.0
 HEARTBEAT_STEP = 50
 

@@ -340,8 +340,7 @@ async def _judge(
     ledger: Ledger, caller: str, items: list[bodies.RedemptionItem]
 ) -> list[redemption.Claim | redemption.BadItem]:
     network = network_id(ledger.settings.network, ledger.signer.root_key)
-    async with ledger.read() as connection:
-        return await redemption.judge(connection, caller, items, network)
+    return await redemption.judge(ledger.read, caller, items, network)
 
 
 async def show_changes(request: Request) -> Response:

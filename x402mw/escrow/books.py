@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -32,10 +33,10 @@ GENESIS = "0" * 64
 """The hash before the first entry."""
 
 _TAG = b"x402mw/entry\x00\x01"
+_ENCODER = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry of the books. `created_at` is when it was written, `effective_at` when it counts.
 
     They differ only when a deadline was applied late (T2). Times are whole seconds.
@@ -72,16 +73,8 @@ class Books:
 
 def hash_entry(entry: Entry, previous_hash: str) -> str:
     """Chains an entry to the one before: hex SHA-256 over that hash and all that it says."""
-    says = [
-        entry.seq,
-        entry.kind,
-        entry.escrow_id,
-        entry.asset,
-        entry.created_at,
-        entry.effective_at,
-        [[move.source, move.target, move.amount] for move in entry.transfers],
-    ]
-    text = json.dumps(says, ensure_ascii=True, separators=(",", ":")).encode()
+    # JSON writes a tuple as a list: [seq, ..., [[source, target, amount], ...]].
+    text = _ENCODER.encode(entry).encode()
     return hashlib.sha256(_TAG + bytes.fromhex(previous_hash) + text).hexdigest()
 
 

@@ -1,14 +1,17 @@
 """Redeeming: a provider presents vouchers in a batch, each is judged alone, all move together.
 
-Signatures are checked before the transaction, in a thread, by the same function the provider
+Signatures are checked before the transaction, in threads, by the same function the provider
 used. Several items of one session count as one: the largest total wins and every item is told the
 state that followed. `docs/money.md` 4, `docs/escrow.md`.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from anyio import CapacityLimiter, create_task_group
 from anyio.to_thread import run_sync
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -23,9 +26,13 @@ from x402mw.escrow.bodies import Redemption, RedemptionItem
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules import Escrow, Event, InvalidState, Phase
+from x402mw.escrow.sets import among
 from x402mw.escrow.transactions import Transaction
 
 CHANGES_MAX = 1000
+CHUNK_ITEMS = 125
+Reading = Callable[[], AbstractAsyncContextManager[AsyncConnection]]
+_CORES = CapacityLimiter(os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,40 +52,60 @@ class BadItem:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One item that can be read; without a voucher it only closes a session."""
+
+    escrow_id: str
+    signed: SignedVoucher | None
+    amount: Atomic
+    final: bool
+
+
 # Before the transaction.
 
 
 async def judge(
-    connection: AsyncConnection, caller: str, items: Sequence[RedemptionItem], network_id: bytes
+    read: Reading, caller: str, items: Sequence[RedemptionItem], network_id: bytes
 ) -> list[Claim | BadItem]:
-    """Checks every item that needs no lock: form, network, owner and signature, in order."""
-    parsed = await run_sync(lambda: [_parse(item, network_id) for item in items])
-    wanted = {_escrow_id(item) for item in parsed if not isinstance(item, BadItem)}
-    keys = await _session_keys(connection, caller, wanted)
-    return await run_sync(
-        lambda: [_verify(item, found, keys) for item, found in zip(items, parsed, strict=True)]
-    )
+    """Checks every item that needs no lock: form, network, owner and signature, in order.
+
+    `read` opens a connection, which is given back before the long work begins.
+    """
+    read_items = await run_sync(lambda: [_read(item, network_id) for item in items])
+    wanted = {item.escrow_id for item in read_items if isinstance(item, _Item)}
+    async with read() as connection:
+        keys = await _session_keys(connection, caller, wanted)
+    verdicts: dict[int, list[Claim | BadItem]] = {}
+
+    async def verify(start: int) -> None:
+        chunk = read_items[start : start + CHUNK_ITEMS]
+        verdicts[start] = await run_sync(
+            lambda: [_verify(item, keys) for item in chunk], limiter=_CORES
+        )
+
+    # Verifying leaves the interpreter free, so each core takes chunks.
+    async with create_task_group() as group:
+        for start in range(0, len(read_items), CHUNK_ITEMS):
+            group.start_soon(verify, start)
+    return [verdict for start in sorted(verdicts) for verdict in verdicts[start]]
 
 
-def _parse(item: RedemptionItem, network_id: bytes) -> SignedVoucher | str | BadItem:
-    """A voucher, or the id of a session to close without one."""
+def _read(item: RedemptionItem, network_id: bytes) -> _Item | BadItem:
     if item.voucher is None:
         if item.amount or not item.final or item.escrow_id is None:
             return BadItem("voucher_required", "only a final amount of 0 needs no voucher")
-        return item.escrow_id
+        return _Item(item.escrow_id, None, ZERO, final=True)
     try:
         signed = parse_voucher(item.voucher)
     except Malformed as error:
         return BadItem("malformed", str(error))
     if signed.voucher.network != network_id:
         return BadItem("wrong_network", "the voucher is for another network")
-    if item.escrow_id not in (None, _escrow_id(signed)):
+    escrow_id = ids.format_id(ids.ESCROW, signed.voucher.session)
+    if item.escrow_id not in (None, escrow_id):
         return BadItem("malformed", "escrow_id is not the session of the voucher")
-    return signed
-
-
-def _escrow_id(found: SignedVoucher | str) -> str:
-    return found if isinstance(found, str) else ids.format_id(ids.ESCROW, found.voucher.session)
+    return _Item(escrow_id, signed, item.amount, item.final)
 
 
 async def _session_keys(
@@ -86,27 +113,24 @@ async def _session_keys(
 ) -> dict[str, bytes]:
     """The session keys of those escrows that the caller is the provider of."""
     escrows = schema.escrows.c
-    rows = await connection.execute(
-        select(escrows.escrow_id, escrows.session_key).where(
-            escrows.escrow_id.in_(sorted(wanted)), escrows.provider == caller
-        )
+    query = select(escrows.escrow_id, escrows.session_key).where(
+        among(connection, escrows.escrow_id, sorted(wanted)), escrows.provider == caller
     )
-    return {row.escrow_id: b64url_decode(row.session_key, 32) for row in rows}
+    rows = await connection.execute(query)
+    return {escrow_id: b64url_decode(key, 32) for escrow_id, key in rows}
 
 
-def _verify(
-    item: RedemptionItem, found: SignedVoucher | str | BadItem, keys: dict[str, bytes]
-) -> Claim | BadItem:
-    if isinstance(found, BadItem):
-        return found
-    escrow_id = _escrow_id(found)
-    if escrow_id not in keys:
+def _verify(item: _Item | BadItem, keys: dict[str, bytes]) -> Claim | BadItem:
+    if isinstance(item, BadItem):
+        return item
+    if item.escrow_id not in keys:
         return BadItem("unknown_session", "you are not the provider of such a session")
-    if isinstance(found, str):
-        return Claim(escrow_id, ZERO, final=True)
-    if not verify_voucher(found, keys[escrow_id]):
+    if item.signed is None:
+        return Claim(item.escrow_id, ZERO, final=True)
+    if not verify_voucher(item.signed, keys[item.escrow_id]):
         return BadItem("signature", "the session key did not sign this voucher")
-    return Claim(escrow_id, min(item.amount, found.voucher.cumulative), item.final)
+    proven = min(item.amount, item.signed.voucher.cumulative)
+    return Claim(item.escrow_id, proven, item.final)
 
 
 # Inside the transaction.
@@ -118,8 +142,8 @@ async def redeem(
     """Applies what was judged, one change for each session, and answers item by item."""
     highest = await agents.note_serial(tx, caller, batch.journal, batch.serial)
     totals = _combine(judged)
-    escrows = schema.escrows.c
-    query = select(schema.escrows).where(escrows.escrow_id.in_(sorted(totals)))
+    named = among(tx.connection, schema.escrows.c.escrow_id, sorted(totals))
+    query = select(schema.escrows).where(named)
     rows = await fetch_escrows(tx.connection, query)
     results = {row.escrow_id: _settle(tx, row, totals[row.escrow_id]) for row in rows}
     verdicts = (item if isinstance(item, BadItem) else results[item.escrow_id] for item in judged)

@@ -1,5 +1,6 @@
 """Reads rows as the values that the rules speak of."""
 
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Select, select
@@ -12,7 +13,9 @@ from x402mw.escrow.rules import Escrow
 async def fetch_escrows(connection: AsyncConnection, query: Select[Any]) -> list[Escrow]:
     """Runs a query for whole rows of `escrows`."""
     rows = await connection.execute(query)
-    return [Escrow(**row._mapping) for row in rows]  # noqa: SLF001 (its documented name)
+    names = list(rows.keys())
+    in_order = itemgetter(*map(names.index, Escrow._fields))
+    return [Escrow._make(in_order(row)) for row in rows]
 
 
 async def find_escrow(connection: AsyncConnection, escrow_id: str) -> Escrow | None:

@@ -12,8 +12,8 @@ the books can never disagree with the state.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any, NamedTuple
 
 from x402mw.core.amounts import ZERO, Atomic, atomic
 from x402mw.core.tokens import TOKEN_SECONDS
@@ -78,9 +78,10 @@ class InvalidState(Exception):
         self.event = event
 
 
-@dataclass(frozen=True, slots=True)
-class Escrow:
-    """One escrow. Amounts are atomic, times whole seconds; L, R and F of the rules are named.
+class Escrow(NamedTuple):
+    """One escrow; a tuple, because a batch makes thousands of them.
+
+    Amounts are atomic, times whole seconds; L, R and F of the rules are named.
 
     `amount` L is what was locked in all, `released` R the gross paid out, `refunded` F what went
     back, `redeemed` the most the provider proved. `opened` and `change` are numbers of the change
@@ -136,8 +137,14 @@ class Escrow:
         return self.expires_at if self.closing_deadline is None else self.closing_deadline
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+CHANGING = (
+    *("status", "amount", "released", "redeemed", "refunded", "fee", "referral"),
+    *("claim_until", "closing_deadline", "close_reason", "change"),
+)
+"""The fields that an event may change; all others stay as they were at creation."""
+
+
+class Transfer(NamedTuple):
     """One line of an entry: `amount` > 0 moves between two accounts, so entries always balance."""
 
     source: str
@@ -155,78 +162,76 @@ def agent_account(agent_id: str) -> str:
 
 def top_up(escrow: Escrow, amount: Atomic) -> Escrow:
     """Locks more: L grows."""
-    return _happen(replace(escrow, amount=atomic(escrow.amount + amount)), Event.TOP_UP)
+    return _happen(escrow, Event.TOP_UP, amount=atomic(escrow.amount + amount))
 
 
 def issue_token(escrow: Escrow, claim_until: int) -> Escrow:
     """Notes that a token was issued whose vouchers are redeemable until `claim_until`."""
     newest = max(claim_until, escrow.claim_until or 0)
-    return _happen(replace(escrow, claim_until=newest), Event.TOKEN)
+    return _happen(escrow, Event.TOKEN, claim_until=newest)
 
 
 def release(escrow: Escrow, cumulative: Atomic) -> Escrow:
     """The buyer pays out by hand: R := max(R, min(cumulative, L))."""
-    return _happen(_raise_released(escrow, cumulative), Event.RELEASE)
+    return _happen(escrow, Event.RELEASE, **_raise_released(escrow, cumulative))
 
 
 def redeem(escrow: Escrow, proven: Atomic) -> Escrow:
     """The provider proves a total: R := max(R, min(y, cumulative, L)); `proven` is the min."""
-    return _happen(_raise_redeemed(escrow, proven), Event.REDEEM)
+    return _happen(escrow, Event.REDEEM, **_raise_redeemed(escrow, proven))
 
 
 def close_by_buyer(escrow: Escrow, now: int) -> Escrow:
     """Stops tokens and top-ups; vouchers stay good until the newest token's `claim_until`."""
-    closing = replace(
-        escrow,
-        closing_deadline=now if escrow.claim_until is None else escrow.claim_until,
-        close_reason="buyer_close",
-    )
-    return _happen(closing, Event.BUYER_CLOSE)
+    deadline = now if escrow.claim_until is None else escrow.claim_until
+    return _happen(escrow, Event.BUYER_CLOSE, closing_deadline=deadline, close_reason="buyer_close")
 
 
 def close_by_provider(escrow: Escrow, proven: Atomic) -> Escrow:
     """Redeems for the last time and sends the rest home at once."""
-    redeemed = replace(_raise_redeemed(escrow, proven), close_reason="provider_close")
-    return _happen(_refund_rest(redeemed), Event.PROVIDER_CLOSE)
+    raised = _raise_redeemed(escrow, proven)
+    rest = atomic(escrow.amount - raised["released"])
+    return _happen(
+        escrow, Event.PROVIDER_CLOSE, **raised, refunded=rest, close_reason="provider_close"
+    )
 
 
 def reach_deadline(escrow: Escrow) -> Escrow:
     """Sends the rest home because the time is over (T3: a session always refunds)."""
     reason = escrow.close_reason or "expired_refund"
-    return _happen(_refund_rest(replace(escrow, close_reason=reason)), Event.DEADLINE)
+    rest = atomic(escrow.amount - escrow.released)
+    return _happen(escrow, Event.DEADLINE, refunded=rest, close_reason=reason)
 
 
-def _happen(escrow: Escrow, event: Event) -> Escrow:
-    """Writes the status that follows, or refuses; `escrow` still has the status before."""
-    phase = TRANSITIONS.get((escrow.phase, event))
+def _happen(before: Escrow, event: Event, **changes: Any) -> Escrow:
+    """The escrow after an event that changes these fields, or a refusal."""
+    phase = TRANSITIONS.get((before.phase, event))
     if phase is None:
-        raise InvalidState(escrow.status, event)
-    return replace(escrow, status=_status(phase, escrow))
+        raise InvalidState(before.status, event)
+    released = changes.get("released", before.released)
+    status = _status(phase, released, changes.get("amount", before.amount))
+    return before._replace(**changes, status=status)
 
 
-def _status(phase: Phase, escrow: Escrow) -> str:
+def _status(phase: Phase, released: int, amount: int) -> str:
     if phase is Phase.OPEN:
-        return "partially_released" if escrow.released else "locked"
+        return "partially_released" if released else "locked"
     if phase is Phase.CLOSING:
         return "closing"
-    if not escrow.released:
+    if not released:
         return "refunded"
-    return "released" if escrow.released == escrow.amount else "settled"
+    return "released" if released == amount else "settled"
 
 
-def _raise_released(escrow: Escrow, cumulative: Atomic) -> Escrow:
+def _raise_released(escrow: Escrow, cumulative: Atomic) -> dict[str, Atomic]:
     released = max(escrow.released, min(cumulative, escrow.amount))
     fee, referral = split_fee(released, escrow.fee_bps, escrow.referral_bps)
-    return replace(escrow, released=released, fee=fee, referral=referral)
+    return {"released": released, "fee": fee, "referral": referral}
 
 
-def _raise_redeemed(escrow: Escrow, proven: Atomic) -> Escrow:
+def _raise_redeemed(escrow: Escrow, proven: Atomic) -> dict[str, Atomic]:
     redeemed = max(escrow.redeemed, min(proven, escrow.amount))
-    return replace(_raise_released(escrow, redeemed), redeemed=redeemed)
-
-
-def _refund_rest(escrow: Escrow) -> Escrow:
-    return replace(escrow, refunded=atomic(escrow.amount - escrow.released))
+    return {**_raise_released(escrow, redeemed), "redeemed": redeemed}
 
 
 # Money.

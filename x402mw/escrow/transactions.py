@@ -7,17 +7,25 @@ operation therefore leaves no row different (I10).
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
 from x402mw.escrow.books import Entry, hash_entry
 from x402mw.escrow.keys import Signer
-from x402mw.escrow.rules import Escrow, Transfer, balance_changes, transfers
+from x402mw.escrow.rules import CHANGING, Escrow, Transfer, balance_changes, transfers
+from x402mw.escrow.sets import add_to_rows, insert_rows, update_rows
 from x402mw.escrow.settings import Settings
+
+# The columns that are written, in the order of the values.
+_ACCOUNT = ("account", "asset", "balance")
+_ENTRY = (*Entry._fields[:-1], "previous_hash", "hash")
+_POSTING = ("seq", "line", *Transfer._fields)
+_CHANGES = attrgetter(*CHANGING, "escrow_id")
 
 
 @dataclass(slots=True)
@@ -74,9 +82,9 @@ class Transaction:
     ) -> Escrow:
         """Keeps the new state of an escrow and posts the money that this moves."""
         self.service.change_seq += 1
-        after = replace(after, change=self.service.change_seq)
+        after = after._replace(change=self.service.change_seq)
         if not before.opened:
-            after = replace(after, opened=after.change)
+            after = after._replace(opened=after.change)
             self._new_escrows[after.escrow_id] = after
         else:
             self._changed_escrows[after.escrow_id] = after
@@ -112,9 +120,10 @@ class Transaction:
 
     async def open_account(self, account: str) -> None:
         """Makes an empty account."""
-        await self.insert(
-            schema.accounts, {"account": account, "asset": self.settings.asset.code, "balance": 0}
-        )
+        await insert_rows(self.connection, schema.accounts, _ACCOUNT, [self._empty(account)])
+
+    def _empty(self, account: str) -> tuple[str, str, int]:
+        return account, self.settings.asset.code, 0
 
     async def insert(self, table: Any, *rows: dict[str, Any]) -> None:
         """Writes new rows now; only after everything that might refuse was decided."""
@@ -125,60 +134,36 @@ class Transaction:
 
     async def flush(self) -> None:
         """Writes everything collected so far."""
-        for escrow in self._new_escrows.values():
-            await self.open_account(escrow.account)
-        await self.insert(schema.escrows, *map(asdict, self._new_escrows.values()))
+        await self._write_new_escrows()
         await self._write_entries()
-        await self._write_escrows()
-        await self._write_service()
+        changed = list(map(_CHANGES, self._changed_escrows.values()))
+        await update_rows(self.connection, schema.escrows, "escrow_id", CHANGING, changed)
+        if self.service != self._clean:
+            await self.connection.execute(update(schema.service).values(**asdict(self.service)))
         self._clean = replace(self.service)
         self.discard()
 
+    async def _write_new_escrows(self) -> None:
+        new = self._new_escrows.values()
+        accounts = [self._empty(escrow.account) for escrow in new]
+        await insert_rows(self.connection, schema.accounts, _ACCOUNT, accounts)
+        await insert_rows(self.connection, schema.escrows, Escrow._fields, list(new))
+
     async def _write_entries(self) -> None:
         moves = [move for entry in self._entries for move in entry.transfers]
-        changes = {name: change for name, change in balance_changes(moves).items() if change}
-        if changes:
-            # The database refuses a balance below zero, whatever was decided above it.
-            balance = schema.accounts.c.balance
-            statement = (
-                update(schema.accounts)
-                .where(schema.accounts.c.account == bindparam("of"))
-                .values(balance=balance + bindparam("change"))
-            )
-            rows = [{"of": name, "change": change} for name, change in sorted(changes.items())]
-            await self.connection.execute(statement, rows)
-        await self.insert(schema.entries, *map(self._chain, self._entries))
-        await self.insert(
-            schema.postings,
-            *(
-                {"seq": entry.seq, "line": line, **asdict(move)}
-                for entry in self._entries
-                for line, move in enumerate(entry.transfers)
-            ),
-        )
+        changes = [(change, of) for of, change in balance_changes(moves).items() if change]
+        # The database refuses a balance below zero, whatever was decided above it.
+        await add_to_rows(self.connection, schema.accounts, "account", "balance", changes)
+        chained = [self._chain(entry) for entry in self._entries]
+        await insert_rows(self.connection, schema.entries, _ENTRY, chained)
+        lines = [
+            (entry.seq, line, *move)
+            for entry in self._entries
+            for line, move in enumerate(entry.transfers)
+        ]
+        await insert_rows(self.connection, schema.postings, _POSTING, lines)
 
-    def _chain(self, entry: Entry) -> dict[str, Any]:
+    def _chain(self, entry: Entry) -> tuple[Any, ...]:
         previous = self.service.entry_hash
         self.service.entry_hash = hash_entry(entry, previous)
-        row = {field.name: getattr(entry, field.name) for field in fields(entry)}
-        del row["transfers"]
-        return {**row, "previous_hash": previous, "hash": self.service.entry_hash}
-
-    async def _write_escrows(self) -> None:
-        if not self._changed_escrows:
-            return
-        changing = [field.name for field in fields(Escrow) if field.name != "escrow_id"]
-        statement = (
-            update(schema.escrows)
-            .where(schema.escrows.c.escrow_id == bindparam("of"))
-            .values({name: bindparam(f"new_{name}") for name in changing})
-        )
-        rows = [
-            {"of": escrow.escrow_id, **{f"new_{name}": getattr(escrow, name) for name in changing}}
-            for escrow in self._changed_escrows.values()
-        ]
-        await self.connection.execute(statement, rows)
-
-    async def _write_service(self) -> None:
-        if self.service != self._clean:
-            await self.connection.execute(update(schema.service).values(**asdict(self.service)))
+        return (*entry[:-1], previous, self.service.entry_hash)
