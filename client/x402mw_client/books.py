@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
-from x402mw.core.amounts import ZERO, Atomic, display
+from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.errors import AccountsDiffer, LocalError, Malformed
 from x402mw.core.keys import public_key
 from x402mw.core.vouchers import parse_voucher, verify_voucher
 from x402mw_client.answers import Word
+from x402mw_client.events import Events, tell
 from x402mw_client.memory import Busy, Memory, News, Row
 from x402mw_client.operations import EscrowRecord
 from x402mw_client.sessions import (
@@ -26,7 +27,6 @@ from x402mw_client.sessions import (
     Form,
     Offer,
     Opening,
-    Paid,
     Past,
     Session,
     State,
@@ -34,8 +34,6 @@ from x402mw_client.sessions import (
 )
 from x402mw_client.waiting import Signal
 from x402mw_client.walletfile import COLUMNS
-
-log = logging.getLogger("x402mw.client")
 
 POLL_SECONDS = 0.05
 """How often who waits looks for what another process did, which nobody tells."""
@@ -52,11 +50,11 @@ class Books:
         memory: Memory,
         clock: Callable[[], float],
         read_offer: Callable[[dict[str, object]], Offer],
-        on_payment: Callable[[Paid], None] | None = None,
+        events: Events,
     ) -> None:
         self.memory = memory
         self.clock = clock
-        self.on_payment = on_payment
+        self.events = events
         self.signal = Signal(POLL_SECONDS if memory.shared else None)
         self.lock = threading.RLock()
         self.sessions: dict[bytes, Session] = {}
@@ -154,10 +152,8 @@ class Books:
                 return
             call.charge = call.paid.charge = Atomic(min(charge, call.hold))
         self._surely(partial(self._settle, call, charge, word))
-        log.info("paid %s for %s (%s)", display(call.charge), call.url, call.session.name)
         self.signal.notify()
-        if self.on_payment is not None:
-            self.on_payment(call.paid)
+        self.events.paid(call)
 
     def _settle(self, call: Call, charge: int, word: Word | None) -> None:
         session, hold = call.session, self._take(call)
@@ -198,7 +194,8 @@ class Books:
                     book()
             except (Busy, LocalError) as error:
                 self._late.append(book)
-                log.warning("%s; for now the file shows more held than there is", error)
+                text = f"{error}; for now the file shows more held than there is"
+                tell(logging.WARNING, "file_unwritable", text)
 
     def leave(self, call: Call) -> None:
         """Notes that nobody waits for this call; it stays held until its charge is known."""
@@ -232,7 +229,8 @@ class Books:
                 self._turn(session, State.DIFFERS, *State)
                 raise accounts_differ(session)
             cumulative = parse_voucher(word.voucher or "").voucher.cumulative
-            log.warning("session %s: our memory was behind; adopted our own voucher", session.name)
+            text = f"session {session.name}: our memory was behind; adopted our own voucher"
+            tell(logging.WARNING, "memory_restored", text, session=session.name)
             more = (word.open_total or 0) - session.unattributed
             session.cumulative, session.charged = cumulative, word.charged_total or session.charged
             session.unattributed = Atomic(session.unattributed + more)
@@ -313,7 +311,8 @@ class Books:
             session.state = state
             self.memory.save(session)
         if state is State.DIFFERS:
-            log.error("session %s: the provider's account is not ours; not signing", session.name)
+            text = f"session {session.name}: the provider's account is not ours; not signing"
+            tell(logging.ERROR, "accounts_differ", text, session=session.name)
 
     def close(self, session: Session, charged: int | None) -> None:
         """Closes the books of a session; `charged` is the provider's signed final figure."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from x402mw.core.amounts import ZERO, display, parse_atomic
+from x402mw.core.amounts import USDC, ZERO, display, parse_atomic
 from x402mw.core.errors import (
     AmountInvalid,
     EscrowRefused,
@@ -26,13 +26,12 @@ from x402mw.core.terms import control_terms, write_requirements
 from x402mw.core.tokens import open_receipt
 from x402mw_client import operations
 from x402mw_client.answers import Word, retry_after
+from x402mw_client.events import tell
 from x402mw_client.operations import EscrowRecord
 from x402mw_client.sessions import Call, Offer, Session, State, Subject
 from x402mw_client.state import WalletState
 from x402mw_client.steps import Ask, Control, Sleep, Story, Together, patiently
 from x402mw_client.upkeep import finish_openings
-
-log = logging.getLogger("x402mw.client")
 
 CLOSE_SECONDS = 5.0
 DOUBTS_AT_ONCE, DOUBTS_SECONDS = 16, 10.0
@@ -111,7 +110,8 @@ def learn_charge(wallet: WalletState, call: Call) -> Story[None]:
             if call.charge is not None or (yield from resolve(wallet, call, wallet.clock())):
                 return
     except (httpx.HTTPError, X402mwError) as error:
-        log.info("the charge for %s is not known yet: %s", call.url, error)
+        text = f"the charge for {call.url} is not known yet: {error}"
+        tell(logging.INFO, "charge_unknown", text, session=call.session.name)
 
 
 def _read_receipt_word(answer: httpx.Response, seq: int) -> Word | None:
@@ -140,7 +140,8 @@ def close_all(wallet: WalletState) -> Story[None]:
     As long as other processes use the wallet they keep the sessions; the last one closes them.
     """
     if (yield from patiently(wallet.purse.leave_to_others)):
-        log.info("the sessions stay open for the other processes of this wallet")
+        text = "the sessions stay open for the other processes of this wallet"
+        tell(logging.INFO, "sessions_left_open", text)
         return
     yield from finish_openings(wallet)
     sessions = [s for s in wallet.purse.sessions.values() if s.state is not State.CLOSED]
@@ -155,17 +156,29 @@ def close_session(wallet: WalletState, session: Session) -> Story[None]:
         charged = yield from _confirm(session, charged)
     if charged is not None:
         wallet.purse.close(session, charged)
-        log.info("closed session %s: paid %s in all", session.name, display(charged))
+        text = f"closed session {session.name}: paid {display(charged)} in all"
+        fields = {"session": session.name, "amount": charged, "asset": USDC.code}
+        tell(logging.INFO, "session_closed", text, **fields)
         return
     try:
         yield Ask(operations.close(session.id))
     except EscrowRefused as error:
-        log.info("session %s was not closed: %s", session.name, error.reason)
+        _tell_open(logging.INFO, session, error.reason)
     except EscrowUnavailable:
-        log.warning("session %s is still open: neither side could be reached", session.name)
+        _tell_open(logging.WARNING, session, "neither side could be reached")
         return
     # Its holds stay counted: the provider may still redeem what we signed.
     wallet.purse.close(session, None)
+
+
+def _tell_open(level: int, session: Session, reason: str) -> None:
+    text = f"session {session.name} was not closed: {reason}"
+    tell(level, "session_not_closed", text, session=session.name, reason=reason)
+
+
+def _tell_receipt(level: int, session: Session, what: str) -> None:
+    text = f"session {session.name}: the final receipt {what}"
+    tell(level, "receipt_wrong", text, session=session.name)
 
 
 def _confirm(session: Session, charged: int) -> Story[int | None]:
@@ -175,10 +188,10 @@ def _confirm(session: Session, charged: int) -> Story[int | None]:
     except (EscrowRefused, EscrowUnavailable):
         return charged
     if record.status not in OVER:
-        log.error("session %s: the final receipt came before the end", session.name)
+        _tell_receipt(logging.ERROR, session, "came before the end")
         return None
     if record.released > charged:
-        log.error("session %s: more was taken than the final receipt says", session.name)
+        _tell_receipt(logging.ERROR, session, "says less than was taken")
     return max(charged, record.released)
 
 
@@ -205,15 +218,15 @@ def _final_charge(wallet: WalletState, session: Session, answer: httpx.Response)
     try:
         receipt = open_receipt(loads_object(answer.content).get("receipt", ""), token.receipt_key)
     except (Malformed, TokenRefused, AttributeError, TypeError) as error:
-        log.warning("session %s: the final receipt is not valid: %s", session.name, error)
+        _tell_receipt(logging.WARNING, session, f"is not valid: {error}")
         return None
     found = (receipt.session, receipt.pay_to, receipt.journal, receipt.final)
     if found != (session.id, token.pay_to, token.journal, True):
-        log.error("session %s: the final receipt is about something else", session.name)
+        _tell_receipt(logging.ERROR, session, "is about something else")
         return None
     wallet.purse.look()
     if not session.charged <= receipt.charged <= session.spent:
-        log.error("session %s: the final receipt does not fit our account", session.name)
+        _tell_receipt(logging.ERROR, session, "does not fit our account")
         wallet.purse.differ(session)
         return None
     return receipt.charged
@@ -242,5 +255,6 @@ def _close_lost(wallet: WalletState, record: EscrowRecord) -> Story[bool]:
         yield Ask(operations.close(record.session))
     except EscrowRefused:
         return False
-    log.info("closed a lost session of %s", display(record.deposit))
+    text = f"closed a lost session of {display(record.deposit)}"
+    tell(logging.INFO, "lost_session_closed", text, amount=record.deposit, asset=USDC.code)
     return True

@@ -250,6 +250,7 @@ class Payment:
         pause = max(RESEND_PAUSES[self.resends], min(left, retry_after(answer, 0)))
         self.resends += 1
         self.slept += pause
+        self.wallet.events.resent(self.request.origin)
         yield Sleep(pause)
 
     def _foreign(self, call: Call, answer: httpx.Response) -> Story[httpx.Response]:

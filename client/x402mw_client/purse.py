@@ -23,9 +23,10 @@ from x402mw.core.vouchers import (
     sign_voucher,
 )
 from x402mw_client.books import Books, accounts_differ
+from x402mw_client.events import Events
 from x402mw_client.limits import Bounds, Limits, exceeded
 from x402mw_client.memory import Memory
-from x402mw_client.sessions import Call, Form, Offer, Paid, Session, Stale, State, Subject
+from x402mw_client.sessions import Call, Form, Offer, Session, Stale, State, Subject
 
 EXPIRES_MS = 300_000
 
@@ -39,9 +40,9 @@ class Purse(Books):
         memory: Memory,
         clock: Callable[[], float],
         read_offer: Callable[[dict[str, object]], Offer],
-        on_payment: Callable[[Paid], None] | None = None,
+        events: Events,
     ) -> None:
-        super().__init__(memory, clock, read_offer, on_payment)
+        super().__init__(memory, clock, read_offer, events)
         self.bounds = Bounds.of(limits)
         self._process = os.getpid()
 

@@ -8,12 +8,13 @@ from x402mw.core.keys import PUBLIC_KEY_BYTES, check_public_key
 from x402mw.core.strict import b64url_decode, b64url_encode
 from x402mw.core.tokens import open_key_set
 from x402mw.core.vouchers import network_id
+from x402mw_client.events import Events
 from x402mw_client.limits import Limits
 from x402mw_client.memory import Memory
 from x402mw_client.offers import LearntOffers, ProbeGate, normal_url, read_offer
 from x402mw_client.operations import EscrowKeys
 from x402mw_client.purse import Purse
-from x402mw_client.sessions import Offer, Paid
+from x402mw_client.sessions import Offer
 from x402mw_client.waiting import Sections
 
 BUFFER_BYTES = 1024 * 1024
@@ -39,7 +40,7 @@ class WalletState:
         escrow_root: str | None = None,
         aliases: Iterable[str] = (),
         buffer_limit: int = BUFFER_BYTES,
-        on_payment: Callable[[Paid], None] | None = None,
+        events: Events,
     ) -> None:
         self.escrow = normal_url(escrow)
         self.escrows = frozenset({self.escrow, *map(normal_url, aliases)})
@@ -47,7 +48,8 @@ class WalletState:
         self.buffer_limit = buffer_limit
         self.memory = memory
         self.clock = clock
-        self.purse = Purse(limits, memory, clock, self._read_offer, on_payment)
+        self.events = events
+        self.purse = Purse(limits, memory, clock, self._read_offer, events)
         self.signal = self.purse.signal
         self.sections = Sections(self.signal, memory)
         self.offers = LearntOffers()

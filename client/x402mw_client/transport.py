@@ -49,12 +49,15 @@ class PaymentTransport(httpx.AsyncBaseTransport):
         """Sends a request and pays for it if need be; raises the errors of `x402mw_client`."""
         if not _may_pay(request):
             return await self._inner.handle_async_request(request)
-        outgoing = await read_request_async(request, self._wallet.state.buffer_limit)
-        return await self._driver.run(fetch(self._wallet.state, outgoing), outgoing)
+        wallet = self._wallet.state
+        with wallet.events.following(origin_of(request.url)):
+            outgoing = await read_request_async(request, wallet.buffer_limit)
+            return await self._driver.run(fetch(wallet, outgoing), outgoing)
 
     async def resume(self, payment: Payment) -> httpx.Response:
         """Carries on a payment whose outcome was unknown (`PaymentHandle.resume`)."""
-        answer = await self._driver.run(payment.resume(), payment.request)
+        with self._wallet.state.events.following(payment.request.origin):
+            answer = await self._driver.run(payment.resume(), payment.request)
         answer.request = payment.request.request
         await answer.aread()
         return answer
@@ -89,12 +92,15 @@ class SyncPaymentTransport(httpx.BaseTransport):
         """Sends a request and pays for it if need be; raises the errors of `x402mw_client`."""
         if not _may_pay(request):
             return self._inner.handle_request(request)
-        outgoing = read_request(request, self._wallet.state.buffer_limit)
-        return self._driver.run(fetch(self._wallet.state, outgoing), outgoing)
+        wallet = self._wallet.state
+        with wallet.events.following(origin_of(request.url)):
+            outgoing = read_request(request, wallet.buffer_limit)
+            return self._driver.run(fetch(wallet, outgoing), outgoing)
 
     def resume(self, payment: Payment) -> httpx.Response:
         """Carries on a payment whose outcome was unknown (`PaymentHandle.resume_sync`)."""
-        answer = self._driver.run(payment.resume(), payment.request)
+        with self._wallet.state.events.following(payment.request.origin):
+            answer = self._driver.run(payment.resume(), payment.request)
         answer.request = payment.request.request
         answer.read()
         return answer

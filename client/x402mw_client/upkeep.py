@@ -23,6 +23,7 @@ from x402mw.core.errors import (
 from x402mw.core.keys import public_key
 from x402mw.core.tokens import peek_session_token
 from x402mw_client import operations
+from x402mw_client.events import tell
 from x402mw_client.operations import EscrowRecord
 from x402mw_client.sessions import (
     RENEW_SECONDS,
@@ -38,8 +39,6 @@ from x402mw_client.sessions import (
 from x402mw_client.state import WalletState
 from x402mw_client.steps import Ask, Story, Wait, patiently
 from x402mw_client.waiting import ENTERED
-
-log = logging.getLogger("x402mw.client")
 
 SECTION_SECONDS = 60.0
 ENDED_REASONS = ("session_ending", "invalid_state", "not_found")
@@ -168,7 +167,7 @@ def _finish(wallet: WalletState, opening: Opening) -> Story[Session]:
         raise
     opened = _opened(record, opening)
     session = yield from patiently(lambda: wallet.purse.add(opened, opening))
-    log.info("opened session %s with %s", session.name, display(session.deposit))
+    wallet.events.opened(session)
     return session
 
 
@@ -178,7 +177,8 @@ def finish_openings(wallet: WalletState) -> Story[None]:
         try:
             yield from _finish(wallet, opening)
         except (EscrowRefused, EscrowUnavailable, TokenRefused) as error:
-            log.warning("a session with %s may have been opened: %s", opening.origin, error)
+            text = f"a session with {opening.origin} may have been opened: {error}"
+            tell(logging.WARNING, "session_not_opened", text, origin=opening.origin)
 
 
 def _balance(refusal: EscrowRefused) -> Atomic:
@@ -250,7 +250,8 @@ def renew_token(wallet: WalletState, session: Session, *, urgent: bool) -> Story
             yield from patiently(lambda: wallet.purse.renew(session, record))
     except (EscrowRefused, EscrowUnavailable) as error:
         if isinstance(error, EscrowRefused) and error.reason in ENDED_REASONS:
-            log.info("session %s takes no new calls: %s", session.name, error.reason)
+            text = f"session {session.name} takes no new calls: {error.reason}"
+            tell(logging.INFO, "session_ended", text, session=session.name, reason=error.reason)
             wallet.purse.end(session)
         elif urgent:
             raise
@@ -277,7 +278,8 @@ def _cover(wallet: WalletState, session: Session, offer: Offer, more: int) -> St
             yield from patiently(lambda: wallet.purse.aim(session, target))
             yield from _top_up(wallet, session, Atomic(session.target - session.rest), more)
     except (EscrowRefused, EscrowUnavailable) as error:
-        log.info("session %s was not topped up: %s", session.name, error)
+        text = f"session {session.name} was not topped up: {error}"
+        tell(logging.INFO, "session_not_topped_up", text, session=session.name, reason=error.code)
         if urgent:
             raise
 
@@ -290,6 +292,7 @@ def _top_up(wallet: WalletState, session: Session, amount: Atomic, more: int) ->
         if not more - session.rest <= balance < amount or balance == 0:
             raise
         record = yield Ask(operations.topup(session.id, balance))
+    before = session.deposit
     yield from patiently(lambda: wallet.purse.renew(session, record))
     session.topup_after = 0.0
-    log.info("topped up session %s to %s", session.name, display(session.deposit))
+    wallet.events.topped_up(session, Atomic(session.deposit - before))

@@ -9,9 +9,11 @@ from typing import TypeVar
 import httpx
 
 from x402mw.core.amounts import Atomic, display
+from x402mw.core.telemetry import Telemetry
 from x402mw_client.closing import close_all, close_lost
 from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
+from x402mw_client.events import Events
 from x402mw_client.limits import Limits
 from x402mw_client.sessions import Paid, State
 from x402mw_client.state import BUFFER_BYTES, WalletState
@@ -38,7 +40,8 @@ class Wallet:
     wallet remembers everything in that one file, also over crashes; one process at a time may use
     it. Without, it lives in RAM, and its sessions end within the hour. `escrow_root` pins the
     escrow's root key, which else is pinned on first use; `escrow_aliases` are other URLs of it.
-    `on_payment` is called with each settled `Paid`.
+    `on_payment` is called with each settled `Paid`; `telemetry` takes figures
+    (`docs/operations.md`).
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Wallet:
         escrow_aliases: Iterable[str] = (),
         buffer_limit: int = BUFFER_BYTES,
         on_payment: Callable[[Paid], None] | None = None,
+        telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         check_secure(httpx.URL(escrow))
@@ -68,7 +72,7 @@ class Wallet:
                 escrow_root=escrow_root,
                 aliases=escrow_aliases,
                 buffer_limit=buffer_limit,
-                on_payment=on_payment,
+                events=Events(telemetry, on_payment),
             )
         except BaseException:
             # A wallet that does not come about must not keep its file locked.

@@ -112,7 +112,8 @@ class Writer:
         try:
             self.run(lambda transaction: recover(transaction, transaction.worker))
         except (RowRefused, StoreFailed) as error:
-            log.warning("calls were left open for the next worker to settle: %s", error)
+            more = {"event": "calls_left_open"}
+            log.warning("calls were left open for the next worker: %s", error, extra=more)
 
     def submit(
         self,
@@ -169,10 +170,12 @@ class Writer:
             self.leads = self._store.lead()
             settled = self.run(lambda transaction: resolve(transaction, self._store))
         except Exception as error:
-            log.warning("other workers could not be looked after: %s", error)
+            more = {"event": "workers_unwatched"}
+            log.warning("other workers could not be looked after: %s", error, extra=more)
         else:
             if settled:
-                log.warning("settled %d calls that dead workers left open", settled)
+                more = {"event": "calls_recovered", "count": settled}
+                log.warning("settled %d calls that dead workers left open", settled, extra=more)
 
     def _gather(self, jobs: list[Job[Any]]) -> None:
         """Takes all jobs that wait by now."""
@@ -237,7 +240,8 @@ class Writer:
 
     def _notice_loss(self, transaction: Transaction) -> None:
         """The book has gone back behind what we saw committed: it was restored under our feet."""
-        log.error("this journal lost batches that were committed: it takes a new id")
+        more = {"event": "backup_restored"}
+        log.error("this journal lost batches that were committed: it takes a new id", extra=more)
         replace_identity(transaction, *new_identity())
         transaction.shared = read_shared(self._store, transaction.totals.generation)
 
@@ -253,7 +257,8 @@ class Writer:
         try:
             self._store.end()
         except Exception as error:
-            log.warning("the end of a batch failed: %s", self._store.explain(error))
+            more = {"event": "batch_end_failed"}
+            log.warning("the end of a batch failed: %s", self._store.explain(error), extra=more)
         finally:
             self._store.release()
 
