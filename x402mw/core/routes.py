@@ -23,8 +23,10 @@ TEMPLATE_CHARACTERS_MAX = 1024
 PARAMETERS_MAX = 16
 LOOSE_MAX = 3
 """Parameters that match across a slash or share a segment: more would let a path stall a match."""
-PATH_CHARACTERS_MAX = (8192, 8192, 1024, 256)
-"""The longest path that is looked up, by the most loose parameters in one template of the table."""
+PATH_CHARACTERS_MAX = 8192
+"""The longest path that is looked up; shorter where templates have loose parameters."""
+MATCH_STEPS_MAX = 600_000
+"""The most ways to place loose parameters that one look-up may try: some 3 ms of a CPU."""
 _PARAMETER = re.compile(r"{([a-zA-Z_][a-zA-Z0-9_]*)(:[a-zA-Z_][a-zA-Z0-9_]*)?}")
 _BLANK = re.compile(r"[\s\x00-\x20\x7f]")
 _QUERY = re.compile(r"[?#]")
@@ -73,6 +75,24 @@ def _loose(parts: list[tuple[str, str, str]]) -> int:
         shared[index] or kind == "path" or shared[index + 1 : index + 2] == [True]
         for index, (_, _, kind) in enumerate(parts)
     )
+
+
+def _longest_path(templates: Iterable[str]) -> int:
+    """The longest path that a table of these templates looks up."""
+    split = [_split(template)[0] for template in templates]
+    heads = [(normal_form(parts[0][0]), _loose(parts)) for parts in split if _loose(parts) > 1]
+    # One path begins with one text, so templates that begin otherwise cost it nothing.
+    rivals = [[count for other, count in heads if head.startswith(other)] for head, _ in heads]
+    longest = PATH_CHARACTERS_MAX
+    while any(_steps(counts, longest) > MATCH_STEPS_MAX for counts in rivals):
+        longest //= 2
+    return longest
+
+
+def _steps(counts: list[int], length: int) -> int:
+    """The ways to place two or three boundaries in a path, over all templates that it may fit."""
+    ways = {2: length**2 // 2, 3: length**3 // 6}
+    return sum(ways[count] for count in counts)
 
 
 def sample_path(template: str) -> str:
@@ -149,8 +169,7 @@ class RouteTable(Generic[Entry]):
             _Row(method, compile_template(template), _fold(template), entry)
             for method, template, entry in entries
         ]
-        loosest = max((_loose(_split(template)[0]) for _, template, _ in entries), default=0)
-        self._longest = PATH_CHARACTERS_MAX[loosest]
+        self._longest = _longest_path(template for _, template, _ in entries)
 
     def find(self, method: str, path: str) -> Entry | Miss:
         """Returns the entry, or why there is none."""
