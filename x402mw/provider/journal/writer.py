@@ -174,8 +174,8 @@ class Writer:
             log.warning("other workers could not be looked after: %s", error, extra=more)
         else:
             if settled:
-                more = {"event": "calls_recovered", "count": settled}
-                log.warning("settled %d calls that dead workers left open", settled, extra=more)
+                found = {"event": "calls_recovered", "count": settled}
+                log.warning("settled %d calls that dead workers left open", settled, extra=found)
 
     def _gather(self, jobs: list[Job[Any]]) -> None:
         """Takes all jobs that wait by now."""
