@@ -126,7 +126,7 @@ class SharedWalletMachine(RuleBasedStateMachine):
 
     def mine(self, data: st.DataObject) -> tuple[int, Held] | None:
         """Any call of a process that lives."""
-        seqs = sorted(seq for seq, held in self.open.items() if held.owner in self.wallets)
+        seqs = [seq for seq, held in self.open.items() if held.owner in self.wallets]
         return None if not seqs else (seq := data.draw(st.sampled_from(seqs)), self.open[seq])
 
     @rule(data=st.data(), free=st.booleans(), twice=st.booleans())
@@ -161,12 +161,11 @@ class SharedWalletMachine(RuleBasedStateMachine):
         purse = self.purse(which)
         purse.recover()
         found = {seq: c for s in purse.sessions.values() for seq, c in s.doubtful.items()}
-        nobodys = {seq for seq, held in self.open.items() if held.owner is None}
-        assert nobodys <= found.keys()
-        assert not {seq for seq in found if seq in self.open} - nobodys
+        nobodys = [seq for seq, held in self.open.items() if held.owner is None]
+        assert found.keys() & self.open.keys() == set(nobodys)
         if not nobodys:
             return
-        seq = data.draw(st.sampled_from(sorted(nobodys)))
+        seq = data.draw(st.sampled_from(nobodys))
         held = self.open.pop(seq)
         charge = data.draw(st.integers(0, held.amount))
         purse.settle(found[seq], charge)
