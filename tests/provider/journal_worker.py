@@ -14,7 +14,7 @@ from typing import Any
 from tests.provider.journals import Clock, admit, admitted, claim, outcome, session_id
 from tests.support.payments import TOKEN
 from x402mw.core.amounts import Atomic
-from x402mw.provider.journal import Admitted, Journal, writer
+from x402mw.provider.journal import Admitted, Journal, postgresql, writer
 from x402mw.provider.journal.transaction import Transaction
 
 RICH = replace(TOKEN, deposit=Atomic(10**12))
@@ -71,9 +71,9 @@ def _state(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def workers(place: str, count: int, *, round_seconds: float = 0.1) -> Iterator[list[Worker]]:
-    """So many workers on one journal; they are ready when this begins."""
-    found = [Worker(place, index, round_seconds=round_seconds) for index in range(count)]
+def workers(place: str, *rounds: float) -> Iterator[list[Worker]]:
+    """Workers on one journal, one for each length of rounds; they are ready when this begins."""
+    found = [Worker(place, index, round_seconds=length) for index, length in enumerate(rounds)]
     try:
         for worker in found:
             assert worker.hear() == "ready"
@@ -88,7 +88,7 @@ def workers(place: str, count: int, *, round_seconds: float = 0.1) -> Iterator[l
 
 def run(place: str, index: int, round_seconds: float, line: Connection) -> None:
     """Does what it is told until it is killed."""
-    writer.ROUND_SECONDS = round_seconds
+    writer.ROUND_SECONDS, postgresql.FREE_ROUNDS = round_seconds, 1
     asyncio.run(_serve(place, index, line))
 
 
@@ -152,7 +152,7 @@ class Hand:
 
     async def load(self, seconds: float, lanes: int) -> tuple[int, list[float]]:
         """Makes calls for so long; tells how many, and how long batches waited for their turn."""
-        store = self.journal._store
+        store = self.journal._writer._store
         begin, waits = store.begin, []
 
         def measured() -> Any:

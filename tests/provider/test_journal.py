@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import anyio
+import asyncpg
 import pytest
 
-from tests.provider.journals import Clock, admit, admitted, claim, outcome, session_id
-from tests.support.payments import METERED, NOW, SESSION, TOKEN
+from tests.provider.journals import Clock, admit, admitted, claim, outcome
+from tests.provider.places import execute
+from tests.support.payments import METERED, SESSION, TOKEN
 from x402mw.core import gate
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import ConfigurationError
@@ -24,6 +26,7 @@ from x402mw.provider.journal import (
     JournalLocked,
     JournalUnavailable,
     Report,
+    rows,
 )
 from x402mw.provider.journal.lock import FileLock
 
@@ -43,9 +46,9 @@ def path(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def journal(path: str, clock: Clock) -> Iterator[Journal]:
+def journal(place: str, clock: Clock) -> Iterator[Journal]:
     """An open journal."""
-    opened = Journal.open(path, clock=clock)
+    opened = Journal.open(place, clock=clock)
     yield opened
     opened.close()
 
@@ -237,14 +240,14 @@ async def test_a_file_of_the_first_version_goes_on(path: str) -> None:
     again.close()
 
 
-async def test_close_gives_the_journal_up(path: str) -> None:
+async def test_close_gives_the_journal_up(place: str) -> None:
     """After `close` the journal can be opened again; a closed one writes nothing."""
-    first = Journal.open(path)
+    first = Journal.open(place)
     first.close()
     first.close()
     with pytest.raises(JournalUnavailable):
         await admit(first, claim())
-    Journal.open(path).close()
+    Journal.open(place).close()
 
 
 async def test_the_file_is_private_and_keeps_its_identity(path: str) -> None:
@@ -309,49 +312,42 @@ async def test_damage_is_found_when_opening(path: str, at: int) -> None:
         Journal.open(path)
 
 
-async def test_totals_that_are_no_sums_are_found(path: str) -> None:
-    """A file whose totals are not the sums of its rows is refused."""
-    journal = Journal.open(path, clock=Clock())
-    await admitted(journal, claim())
+async def test_totals_that_are_no_sums_are_found(place: str) -> None:
+    """A journal whose totals are not the sums of its rows is refused, whichever total it is."""
+    journal = Journal.open(place, clock=Clock())
+    await journal.settle(await admitted(journal, claim()), used=0, outcome=None)
     journal.close()
-    connection = sqlite3.connect(path)
-    connection.execute("UPDATE totals SET unredeemed = unredeemed + 1")
-    connection.commit()
-    connection.close()
-    with pytest.raises(JournalCorrupt):
-        Journal.open(path)
+    for table, column in (("totals", "unredeemed"), ("totals", "outcome_bytes"), ("calls", "seq")):
+        wrong, right = (f"UPDATE {table} SET {column} = {column} {sign} 1" for sign in "+-")
+        if table == "calls":
+            wrong, right = (f"UPDATE sessions SET reserved = {amount}" for amount in (7, 0))
+        execute(place, wrong)
+        with pytest.raises(JournalCorrupt):
+            Journal.open(place)
+        execute(place, right)
+    Journal.open(place).close()
 
 
-def test_numbers_stay_integers(path: str) -> None:
-    """The file itself refuses a fraction, an impossible account and an overdrawn call (M1)."""
-    Journal.open(path).close()
-    connection = sqlite3.connect(path)
-    values = [
-        session_id(1),
-        session_id(2),
-        10,
-        10,
-        4,
-        6,
-        "open",
-        None,
-        NOW,
-        0,
-        0,
-        0,
-        None,
-        0,
-        0,
-        None,
-    ]
-    statement = f"INSERT INTO sessions VALUES ({','.join('?' * len(values))})"
-    for place, wrong in ((4, 4.5), (4, 5), (2, 9), (4, -1), (6, "odd")):
-        broken = list(values)
-        broken[place] = wrong
-        with pytest.raises(sqlite3.IntegrityError):
-            connection.execute(statement, broken)
-    connection.execute(statement, values)
-    connection.close()
+@pytest.mark.parametrize(
+    "wrong",
+    [{"charged": "4.5"}, {"charged": "5"}, {"charged": "-1"}, {"best": "11"}, {"state": "'odd'"}],
+)
+def test_the_database_refuses_nonsense(place: str, wrong: dict[str, str]) -> None:
+    """The database itself refuses a fraction, and an account that cannot be (M1)."""
+    Journal.open(place).close()
+    right = dict.fromkeys(rows.SESSIONS.columns, "0")
+    numbers = {"deposit": "10", "best": "10", "charged": "4", "reserved": "6", "state": "'open'"}
+    nothing = dict.fromkeys(("voucher", "owed_since", "written_off"), "NULL")
+    blob = "'\\x01010101010101010101010101010101'" if "://" in place else "zeroblob(16)"
+    right |= numbers | nothing | {"id": blob, "journal": blob}
+
+    def insert(values: dict[str, str]) -> None:
+        columns = ", ".join(values)
+        execute(place, f"INSERT INTO sessions ({columns}) VALUES ({', '.join(values.values())})")
+
+    with pytest.raises((sqlite3.IntegrityError, asyncpg.PostgresError)):
+        insert(right | wrong)
+    insert(right)
 
 
 async def test_deposits_grow_with_tokens(journal: Journal) -> None:
@@ -367,15 +363,15 @@ async def test_deposits_grow_with_tokens(journal: Journal) -> None:
 # Crashes, without the crash: what is open when the file is opened again.
 
 
-async def test_a_started_call_costs_its_highest_mark(path: str) -> None:
+async def test_a_started_call_costs_its_highest_mark(place: str) -> None:
     """After a crash a started call costs its mark and the price of the most it had used."""
-    journal = Journal.open(path, clock=Clock())
+    journal = Journal.open(place, clock=Clock())
     call = await admitted(journal, claim(1, terms=METERED))
     await journal.start(call, METERED.base)
     for used in (10, 300, 200):
         await journal.mark(call, used)
     journal.close()
-    journal = Journal.open(path, clock=Clock())
+    journal = Journal.open(place, clock=Clock())
     found = await journal.lookup(SESSION, 1)
     assert found is not None
     assert (found.state, found.charge) == (CallState.SETTLED, 100 + 300 * 2)
@@ -383,24 +379,24 @@ async def test_a_started_call_costs_its_highest_mark(path: str) -> None:
     journal.close()
 
 
-async def test_a_crash_never_costs_more_than_the_maximum(path: str) -> None:
+async def test_a_crash_never_costs_more_than_the_maximum(place: str) -> None:
     """Use beyond what the maximum pays for is not charged by recovery either."""
-    journal = Journal.open(path, clock=Clock())
+    journal = Journal.open(place, clock=Clock())
     call = await admitted(journal, claim(1, terms=METERED))
     await journal.start(call, METERED.base)
     await journal.mark(call, 10**9)
     journal.close()
-    journal = Journal.open(path, clock=Clock())
+    journal = Journal.open(place, clock=Clock())
     assert journal.unredeemed == METERED.amount
     journal.close()
 
 
-async def test_an_open_call_is_void_after_a_crash(path: str) -> None:
+async def test_an_open_call_is_void_after_a_crash(place: str) -> None:
     """After a crash a call that had sent nothing costs nothing; its bytes are answered 410."""
-    journal = Journal.open(path, clock=Clock())
+    journal = Journal.open(place, clock=Clock())
     await admitted(journal, claim(1))
     journal.close()
-    journal = Journal.open(path, clock=Clock())
+    journal = Journal.open(place, clock=Clock())
     assert journal.unredeemed == 0
     with pytest.raises(Refused) as refused:
         await admit(journal, claim(1))

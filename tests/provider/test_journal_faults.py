@@ -64,8 +64,8 @@ async def everything(journal: Journal, path: str) -> list[Any]:
 
 def limit_pages(journal: Journal, more: int) -> None:
     """Fills the disk, but for so many pages."""
-    (pages,) = journal._store.connection.execute("PRAGMA page_count").fetchone()
-    journal._store.connection.execute(f"PRAGMA max_page_count = {pages + more}")
+    (pages,) = journal._writer._store.connection.execute("PRAGMA page_count").fetchone()
+    journal._writer._store.connection.execute(f"PRAGMA max_page_count = {pages + more}")
 
 
 async def test_full_disk(journal: Journal, path: str) -> None:
@@ -213,6 +213,8 @@ def test_a_loop_that_ended_harms_nobody(path: str) -> None:
 def test_durability(path: str, durability: Any, synchronous: int) -> None:
     """By default a commit is on the disk before it is acknowledged (SQLite FULL, in WAL mode)."""
     journal = Journal.open(path, durability=durability)
-    assert journal._store.connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
-    assert journal._store.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert journal._writer._store.connection.execute("PRAGMA synchronous").fetchone() == (
+        synchronous,
+    )
+    assert journal._writer._store.connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     journal.close()

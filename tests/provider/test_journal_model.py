@@ -1,11 +1,14 @@
 """The journal against a model of a few lines, through any sequence of events and restarts."""
 
 import asyncio
+import os
+import secrets
 import tempfile
 from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,13 +16,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.provider.journals import Clock, admit, claim, session_id
 from tests.support.payments import METERED, QUOTE, TOKEN
+from tests.support.postgresql import shared_server
 from x402mw.core.amounts import Atomic
 from x402mw.core.gate import Claim, Refused
 from x402mw.core.sessions import SessionState
-from x402mw.provider.journal import Admitted, Due, Journal, Refusal, Report
+from x402mw.provider.journal import Admitted, Due, Journal, Refusal, Report, postgresql
+from x402mw.provider.journal.connections import schema_of
 from x402mw.provider.journal.redemption import REST_SECONDS
 
 T = TypeVar("T")
+MORE = 20 if os.environ.get("X402MW_LONG") else 1
 
 SESSIONS = st.sampled_from([session_id(number) for number in (1, 2, 3)])
 LASTING = replace(TOKEN, exp=2**40, claim_until=2**40)
@@ -53,17 +59,20 @@ class Session:
 
 
 class JournalAndModel(RuleBasedStateMachine):
-    """Does to the journal and to the model the same, and compares."""
+    """Does to a journal in a file and to the model the same, and compares."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.folder = tempfile.TemporaryDirectory()
-        self.path = str(Path(self.folder.name) / "journal.db")
+        self.path = self.new_place()
         self.clock = Clock()
         self.sessions: dict[bytes, Session] = {}
         self.seq = 0
         self.marks: dict[int, int] = {}
+
+    def new_place(self) -> str:
+        return str(Path(self.folder.name) / "journal.db")
 
     def do(self, work: Awaitable[T]) -> T:
         return self.loop.run_until_complete(work)  # type: ignore[arg-type]  # a coroutine
@@ -217,5 +226,24 @@ class JournalAndModel(RuleBasedStateMachine):
             assert self.journal.unredeemed == total
 
 
-JournalAndModel.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
+class ServerJournalAndModel(JournalAndModel):
+    """Does it to a journal in PostgreSQL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grace = mock.patch.object(postgresql, "FREE_ROUNDS", 1)
+        self.grace.start()
+
+    def new_place(self) -> str:
+        return f"{shared_server().url()}&search_path=model_{secrets.token_hex(8)}"
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.grace.stop()
+        shared_server().execute(f"DROP SCHEMA {schema_of(self.path)} CASCADE")
+
+
+JournalAndModel.TestCase.settings = settings(max_examples=30 * MORE, stateful_step_count=30)
 TestJournalAndModel = JournalAndModel.TestCase
+ServerJournalAndModel.TestCase.settings = settings(max_examples=6 * MORE, stateful_step_count=30)
+TestServerJournalAndModel = ServerJournalAndModel.TestCase

@@ -1,16 +1,15 @@
 """What the journal forgets: nothing too early, nothing twice usable, never more than its cap."""
 
-import sqlite3
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.provider.journals import Clock, admit, admitted, claim, outcome, session_id
+from tests.provider.places import execute
 from tests.support.payments import NOW, SESSION, TOKEN
 from x402mw.core.amounts import Atomic
 from x402mw.core.gate import CallState, Refused
-from x402mw.provider.journal import Journal, Report
+from x402mw.provider.journal import Journal, Report, rows
 from x402mw.provider.journal.writer import FORGET_SECONDS
 
 pytestmark = pytest.mark.anyio
@@ -27,15 +26,9 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> str:
-    """Where the journal is."""
-    return str(tmp_path / "journal.db")
-
-
-@pytest.fixture
-def journal(path: str, clock: Clock) -> Iterator[Journal]:
+def journal(place: str, clock: Clock) -> Iterator[Journal]:
     """An open journal that keeps at most 2500 bytes of answers."""
-    opened = Journal.open(path, clock=clock, outcome_bytes_max=2500)
+    opened = Journal.open(place, clock=clock, outcome_bytes_max=2500)
     yield opened
     opened.close()
 
@@ -78,23 +71,19 @@ async def test_calls_are_remembered_until_their_time(journal: Journal, clock: Cl
     assert await journal.lookup(SESSION, 1) is None
 
 
-async def test_many_calls_are_pruned_bit_by_bit(journal: Journal, clock: Clock, path: str) -> None:
+async def test_many_calls_are_pruned_bit_by_bit(journal: Journal, clock: Clock, place: str) -> None:
     """Pruning takes several transactions when much has aged, and leaves nothing behind."""
     for seq in range(20):
         await paid(journal, seq)
-    connection = sqlite3.connect(path)
-    copy = "INSERT INTO calls SELECT session, seq + ?, commitment, terms, amount, state, mark,"
-    copy += " mark_units, charge, used, forget_at, worker FROM calls WHERE seq < 20"
-    for block in range(1, 60):
-        connection.execute(copy, (block * 100,))
-    connection.commit()
+    columns = ", ".join(name for name in rows.CALLS.columns if name not in ("session", "seq"))
+    copy = f"INSERT INTO calls (session, seq, {columns}) SELECT session, seq + %d, {columns}"
+    copy += " FROM calls WHERE seq < 20"
+    execute(place, *(copy % (block * 100) for block in range(1, 60)))
     clock.now = FORGET_AT
     for _ in range(3):
         await journal.account(SESSION)
-    tables = ("calls", "outcomes")
-    left = [connection.execute(f"SELECT count(*) FROM {table}").fetchone() for table in tables]
-    assert left == [(0,), (0,)]
-    connection.close()
+    for table in ("calls", "outcomes"):
+        assert execute(place, f"SELECT count(*) FROM {table}") == [(0,)]
 
 
 async def test_a_forgotten_voucher_stays_unusable(journal: Journal, clock: Clock) -> None:
@@ -131,7 +120,7 @@ async def test_sessions_go_a_day_after_they_ended(journal: Journal, clock: Clock
     assert journal.unredeemed == 0
 
 
-async def test_what_is_owed_is_never_forgotten(journal: Journal, clock: Clock, path: str) -> None:
+async def test_what_is_owed_is_never_forgotten(journal: Journal, clock: Clock, place: str) -> None:
     """A session whose last call settled after it had ended stays until that is resolved."""
     call = await admitted(journal, claim(1))
     await journal.apply_verdicts([Report(SESSION, Atomic(0), Atomic(0), ended=True)])
@@ -140,20 +129,20 @@ async def test_what_is_owed_is_never_forgotten(journal: Journal, clock: Clock, p
     assert await journal.account(SESSION) is not None
     assert journal.unredeemed == 1000
     journal.close()
-    Journal.open(path, clock=clock).close()
+    Journal.open(place, clock=clock).close()
 
 
-async def test_grace_of_terms_survives_a_restart(path: str) -> None:
+async def test_grace_of_terms_survives_a_restart(place: str) -> None:
     """Terms no longer offered are remembered with the time since when, across restarts."""
     clock = Clock()
     old, new, newer = (session_id(number) * 2 for number in (1, 2, 3))
-    journal = Journal.open(path, clock=clock)
+    journal = Journal.open(place, clock=clock)
     assert await journal.keep_terms([old]) == {}
     clock.now += 1000
     assert await journal.keep_terms([new]) == {old: NOW + 1000}
     journal.close()
     clock.now += 100
-    journal = Journal.open(path, clock=clock)
+    journal = Journal.open(place, clock=clock)
     assert await journal.keep_terms([new, newer]) == {old: NOW + 1000}
     assert await journal.keep_terms([old, newer]) == {new: NOW + 1100}
     clock.now += 400

@@ -27,7 +27,7 @@ async def state(journal: Journal, seq: int) -> CallState | None:
 
 def test_one_header_at_all_workers_runs_once(place: str) -> None:
     """The same voucher, sent to three workers at the same time is admitted by one of them."""
-    with workers(place, 3) as crowd:
+    with workers(place, 0.1, 0.1, 0.1) as crowd:
         for seq in range(1, 30):
             for worker in crowd:
                 worker.tell("admit", seq)
@@ -38,7 +38,7 @@ def test_one_header_at_all_workers_runs_once(place: str) -> None:
 
 async def test_all_workers_get_their_turn(place: str) -> None:
     """Under load no worker starves, and afterwards all totals are the sums of the rows."""
-    with workers(place, 3) as crowd:
+    with workers(place, 0.1, 0.1, 0.1) as crowd:
         for worker in crowd:
             worker.tell("load", 1.0, 8)
         loads = [worker.hear() for worker in crowd]
@@ -53,7 +53,7 @@ async def test_all_workers_get_their_turn(place: str) -> None:
 
 async def test_the_calls_of_a_killed_worker_are_settled(place: str) -> None:
     """What a killed worker left open is settled by another one that lives: void, or its mark."""
-    with workers(place, 2) as (first, second):
+    with workers(place, 0.1, 0.1) as (first, second):
         for seq in (1, 2):
             assert first.ask("admit", seq) == "admitted"
         first.ask("start", 2, 70)
@@ -73,7 +73,7 @@ async def test_the_calls_of_a_killed_worker_are_settled(place: str) -> None:
 
 async def test_the_calls_of_a_stopped_worker_are_left_alone(place: str) -> None:
     """However often others look, a worker that is stopped keeps its calls, and settles them."""
-    with workers(place, 2, round_seconds=0.05) as (first, second):
+    with workers(place, 60, 0.05) as (first, second):
         assert first.ask("admit", 1) == "admitted"
         first.signal(signal.SIGSTOP)
         # Each answer comes after another round of the second one's.
@@ -90,7 +90,7 @@ async def test_the_calls_of_a_stopped_worker_are_left_alone(place: str) -> None:
 
 def test_a_worker_stopped_in_mid_batch(place: str) -> None:
     """Others are refused in bounded time while one is stopped in its turn; then all goes on."""
-    with workers(place, 2, round_seconds=60) as (first, second):
+    with workers(place, 60, 60) as (first, second):
         first.tell("hold", 0.0)
         assert first.hear() == "holding"
         first.hear()
@@ -109,7 +109,7 @@ def test_a_worker_stopped_in_mid_batch(place: str) -> None:
 
 def test_the_redeemer_has_a_successor(place: str) -> None:
     """Of several workers one redeems; when it dies another one does."""
-    with workers(place, 3) as crowd:
+    with workers(place, 0.1, 0.1, 0.1) as crowd:
         leaders = [worker for worker in crowd if worker.ask("leads")]
         assert len(leaders) == 1
         leaders[0].kill()
@@ -124,7 +124,7 @@ def test_the_redeemer_has_a_successor(place: str) -> None:
 async def test_kills_under_load(place: str) -> None:
     """Workers killed under load, one after the other, leave books whose sums are right."""
     for number in range(4):
-        with workers(place, 2) as (first, second):
+        with workers(place, 0.1, 0.1) as (first, second):
             first.tell("load", 10.0, 8)
             second.tell("load", 0.4, 8)
             await anyio.sleep(0.05 * number)
@@ -213,7 +213,7 @@ def test_a_forked_child_holds_no_locks(place: str) -> None:
     try:
         journal.close()
         again = Journal.open(place, clock=Clock())
-        assert again._store.worker == 0
+        assert again._writer._store.worker == 0
         assert again.leads
         again.close()
     finally:

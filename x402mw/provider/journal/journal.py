@@ -18,10 +18,10 @@ from x402mw.core.errors import ConfigurationError
 from x402mw.core.sessions import Account
 from x402mw.provider.journal import calls, redemption, retention
 from x402mw.provider.journal.calls import Admitted, SessionView, Settled
-from x402mw.provider.journal.opening import check_totals, open_store, resume
+from x402mw.provider.journal.opening import open_store
 from x402mw.provider.journal.redemption import Due, Item, Refusal, Report
 from x402mw.provider.journal.shared import CHANGES_CURSOR, UNMET_SERIAL, new_identity
-from x402mw.provider.journal.store import Durability, RowRefused, Store, StoreFailed
+from x402mw.provider.journal.store import Durability, RowRefused, StoreFailed
 from x402mw.provider.journal.transaction import Needs, Transaction
 from x402mw.provider.journal.writer import Operation, Result, Writer
 
@@ -37,15 +37,9 @@ class Journal:
     Its methods may run in parallel.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float], outcome_bytes_max: int) -> None:
-        self._store = store
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
         self._process = os.getpid()
-        self._writer = Writer(store, clock, outcome_bytes_max=outcome_bytes_max)
-        left_open = self._writer.run(partial(resume, store=store))
-        check_totals(store)
-        if left_open:
-            log.warning("settled %d calls that a former process left open", left_open)
-        self._writer.start()
         # Where nothing tells us of the end (a mounted app has no lifespan), the process does.
         atexit.register(self.close)
 
@@ -64,15 +58,12 @@ class Journal:
         `JournalCorrupt` if it is damaged, and `ConfigurationError` for any other reason it cannot
         be used. Blocks: call it when starting.
         """
-        store = open_store(place, durability)
+        writer = Writer(clock, outcome_bytes_max=outcome_bytes_max)
         try:
-            return cls(store, clock, outcome_bytes_max)
+            writer.open(partial(open_store, place, durability))
         except (RowRefused, StoreFailed) as error:
-            store.close()
             raise ConfigurationError(f"the journal cannot be opened: {error}") from None
-        except BaseException:
-            store.close()
-            raise
+        return cls(writer)
 
     def close(self) -> None:
         """Commits what waits, settles what is open, and leaves; may be called again."""
@@ -81,7 +72,6 @@ class Journal:
         if self._writer.stopped or os.getpid() != self._process:
             return
         self._writer.stop()
-        self._store.close()
 
     # What is known without asking the database, as of this worker's last batch.
 

@@ -13,16 +13,29 @@ from x402mw.provider.journal.store import Durability, Store
 from x402mw.provider.journal.transaction import Transaction
 
 SQLITE_SCHEME = "sqlite:///"
+POSTGRESQL_SCHEMES = ("postgresql", "postgres")
 
 
 def open_store(place: str, durability: Durability) -> Store:
-    """Opens what a journal setting names: a path or a `sqlite:///` URL."""
+    """Opens what a journal setting names: a path, a `sqlite:///` or a `postgresql://` URL."""
     if "://" not in place:
         return SqliteStore(place, durability)
     if place.startswith(SQLITE_SCHEME):
         return SqliteStore(place.removeprefix(SQLITE_SCHEME), durability)
-    scheme = urlsplit(place).scheme
-    raise ConfigurationError(f"a journal in {scheme} is not supported; give a file's path")
+    scheme = urlsplit(place).scheme.partition("+")[0]
+    if scheme in POSTGRESQL_SCHEMES:
+        return _open_postgresql(f"postgresql://{place.partition('://')[2]}", durability)
+    raise ConfigurationError(f"a journal cannot be in {scheme}: give a file, or postgresql://...")
+
+
+def _open_postgresql(url: str, durability: Durability) -> Store:
+    try:
+        from x402mw.provider.journal.postgresql import PostgresqlStore
+    except ModuleNotFoundError as error:
+        if error.name != "asyncpg":
+            raise
+        raise ConfigurationError('PostgreSQL needs: pip install "x402mw[postgres]"') from None
+    return PostgresqlStore(url, durability)
 
 
 def resume(transaction: Transaction, store: Store) -> int:

@@ -109,6 +109,10 @@ class SqliteStore:
         """Writes the batch to the disk."""
         self.connection.execute("COMMIT")
 
+    def committed(self, ticket: str) -> bool:
+        """Never asked: a commit of SQLite either happened or raised."""
+        raise StoreFailed(f"there is no batch {ticket}")
+
     def end(self) -> None:
         """Takes back what was not committed, and ends our turn."""
         try:

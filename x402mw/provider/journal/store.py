@@ -22,6 +22,18 @@ class StoreFailed(Exception):
     """The database cannot be used just now, and nothing of the batch was written."""
 
 
+class Conflict(StoreFailed):
+    """The database took the batch back for the sake of another one; it may be tried again."""
+
+
+class CommitUnknown(StoreFailed):
+    """Nobody told whether the batch was committed; `Store.committed(ticket)` will."""
+
+    def __init__(self, message: str, ticket: str) -> None:
+        super().__init__(message)
+        self.ticket = ticket
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table whose rows a transaction holds in memory. Key columns come first.
@@ -67,7 +79,10 @@ class Store(Protocol):
         """Begins a transaction that only reads, of one moment, and waits for nobody."""
 
     def commit(self) -> None:
-        """Makes the batch durable; if it raises, nothing was written."""
+        """Makes the batch durable; but for `CommitUnknown`, an error means that it is not."""
+
+    def committed(self, ticket: str) -> bool:
+        """What became of a batch of unknown outcome; raises `StoreFailed` while nobody can tell."""
 
     def end(self) -> None:
         """Takes back what was not committed, and ends our turn: after every `begin` or `look`."""

@@ -10,6 +10,7 @@
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import queue
@@ -22,18 +23,20 @@ from x402mw.core.amounts import Atomic
 from x402mw.core.errors import X402mwError
 from x402mw.provider.journal.calls import recover
 from x402mw.provider.journal.errors import JournalUnavailable
-from x402mw.provider.journal.opening import resolve
+from x402mw.provider.journal.opening import check_totals, resolve, resume
 from x402mw.provider.journal.redemption import replace_identity
 from x402mw.provider.journal.retention import forget
 from x402mw.provider.journal.rows import Totals
 from x402mw.provider.journal.shared import Shared, new_identity, read_shared
-from x402mw.provider.journal.store import RowRefused, Store, StoreFailed
+from x402mw.provider.journal.store import CommitUnknown, Conflict, RowRefused, Store, StoreFailed
 from x402mw.provider.journal.transaction import Needs, Transaction
 
 BATCH_MAX = 1000
 FORGET_SECONDS = 10
 ROUND_SECONDS = 10.0
 """How often each worker looks for others that died, and whether one of them was the redeemer."""
+DOUBT_SECONDS = 5.0
+DOUBT_PAUSE_SECONDS = 0.2
 
 log = logging.getLogger("x402mw.provider.journal")
 
@@ -69,11 +72,17 @@ class Job(Generic[Result]):
         except X402mwError as error:
             self.error = error
 
+    def lose(self) -> None:
+        """Hands back a result that nobody waits for; from whatever thread."""
+        if self.lost is not None:
+            with contextlib.suppress(RuntimeError):
+                self.future.get_loop().call_soon_threadsafe(self.lost, self.result)
+
     def deliver(self) -> None:
         """Wakes the caller; runs in the caller's event loop."""
         if self.future.done():
-            if self.lost is not None and self.error is None:
-                self.lost(self.result)
+            if self.error is None:
+                self.lose()
         elif self.error is None:
             self.future.set_result(self.result)
         else:
@@ -81,39 +90,39 @@ class Job(Generic[Result]):
 
 
 class Writer:
-    """Runs operations against one store, from `start` until `stop`.
+    """Runs operations against one store, which it opens, from `open` until `stop`.
 
-    `totals` and `shared` are as of the last commit; `leads` tells whether this worker redeems.
+    `totals` and `shared` are as of the last batch; `leads` tells whether this worker redeems.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float], *, outcome_bytes_max: int) -> None:
-        self._store = store
+    def __init__(self, clock: Callable[[], float], *, outcome_bytes_max: int) -> None:
         self._clock = clock
         self._outcome_bytes_max = outcome_bytes_max
         self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="x402mw-journal", daemon=True)
+        self._thread: threading.Thread
+        self._store: Store
         self._forget_at = 0.0
         self._round_at = time.monotonic() + ROUND_SECONDS
+        self._doubt: tuple[str, list[Job[Any]]] | None = None
         self.stopped = False
         self.leads = False
         self.totals = Totals(0, Atomic(0), 0, 0, generation=-1)
         self.shared: Shared
 
-    def start(self) -> None:
-        """Starts the thread; until then `run` may be used."""
-        self.leads = self._store.lead()
+    def open(self, open_store: Callable[[], Store]) -> None:
+        """Starts the thread, and returns when its store is open; raises what hindered it."""
+        opened: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(
+            target=self._live, args=(open_store, opened), name="x402mw-journal", daemon=True
+        )
         self._thread.start()
+        opened.result()
 
     def stop(self) -> None:
-        """Commits what waits, ends the thread, and settles what is still open."""
+        """Commits what waits, settles what is still open, and ends the thread."""
         self.stopped = True
         self._jobs.put(None)
         self._thread.join()
-        try:
-            self.run(lambda transaction: recover(transaction, transaction.worker))
-        except (RowRefused, StoreFailed) as error:
-            more = {"event": "calls_left_open"}
-            log.warning("calls were left open for the next worker: %s", error, extra=more)
 
     def submit(
         self,
@@ -133,8 +142,46 @@ class Writer:
         self._jobs.put(job)
         return job.future
 
-    def run(self, operation: Operation[Result]) -> Result:
-        """Runs one operation in the calling thread, which must be the only one."""
+    # The thread.
+
+    def _live(
+        self, open_store: Callable[[], Store], opened: concurrent.futures.Future[None]
+    ) -> None:
+        try:
+            with contextlib.closing(open_store()) as self._store:
+                self._resume()
+                opened.set_result(None)
+                self._serve()
+                self._leave()
+        except BaseException as error:
+            if opened.done():
+                log.exception("the journal's writer ended")
+            else:
+                opened.set_exception(error)
+
+    def _resume(self) -> None:
+        settled = self._run(lambda transaction: resume(transaction, self._store))
+        check_totals(self._store)
+        self.leads = self._store.lead()
+        if settled:
+            log.warning("settled %d calls that a former process left open", settled)
+
+    def _leave(self) -> None:
+        try:
+            self._run(lambda transaction: recover(transaction, transaction.worker))
+        except (RowRefused, StoreFailed) as error:
+            more = {"event": "calls_left_open"}
+            log.warning("calls were left open for the next worker: %s", error, extra=more)
+
+    def _serve(self) -> None:
+        while (job := self._next()) is not None:
+            jobs = [job]
+            self._transact(jobs)
+            for some in _by_loop(jobs):
+                _deliver(some)
+
+    def _run(self, operation: Operation[Result]) -> Result:
+        """Runs one operation of our own."""
         try:
             transaction = self._begin()
             result = operation(transaction)
@@ -144,15 +191,6 @@ class Writer:
         finally:
             self._end()
         return result
-
-    # The thread.
-
-    def _run(self) -> None:
-        while (job := self._next()) is not None:
-            jobs = [job]
-            self._transact(jobs)
-            for some in _by_loop(jobs):
-                _deliver(some)
 
     def _next(self) -> Job[Any] | None:
         """Waits for a job, and looks after the other workers meanwhile; None is the end."""
@@ -168,7 +206,7 @@ class Writer:
         self._round_at = time.monotonic() + ROUND_SECONDS
         try:
             self.leads = self._store.lead()
-            settled = self.run(lambda transaction: resolve(transaction, self._store))
+            settled = self._run(lambda transaction: resolve(transaction, self._store))
         except Exception as error:
             more = {"event": "workers_unwatched"}
             log.warning("other workers could not be looked after: %s", error, extra=more)
@@ -187,7 +225,7 @@ class Writer:
                 return
             jobs.append(job)
 
-    def _transact(self, jobs: list[Job[Any]], *, alone: bool = False) -> None:
+    def _transact(self, jobs: list[Job[Any]], *, alone: bool = False, tries: int = 3) -> None:
         """Runs these jobs and, unless `alone`, all that wait by then: each gets its result."""
         try:
             try:
@@ -200,13 +238,20 @@ class Writer:
             for job in jobs:
                 job.run(transaction)
             self._commit(transaction)
-        except Exception as error:
+        except Exception as raised:
             self._end()
-            self._failed(jobs, self._store.explain(error))
+            error = self._store.explain(raised)
+            if isinstance(error, Conflict) and tries > 1:
+                self._transact(jobs, alone=True, tries=tries - 1)
+            else:
+                self._failed(jobs, error)
         else:
             self._end()
 
     def _failed(self, jobs: list[Job[Any]], error: Exception) -> None:
+        """Says what became of a batch that raised, or tries again what may be tried again."""
+        if isinstance(error, CommitUnknown) and self._was_committed(error.ticket, jobs):
+            return
         if isinstance(error, StoreFailed):
             unavailable = f"the journal cannot be written: {error}"
             for job in jobs:
@@ -217,6 +262,33 @@ class Writer:
             for job in jobs:
                 self._transact([job], alone=True)
 
+    def _was_committed(self, ticket: str, jobs: list[Job[Any]]) -> bool:
+        """Asks what became of a batch; while nobody can tell it is in doubt, and none follows it.
+
+        Its callers are told that the journal is unavailable, so nothing of it is served.
+        """
+        until = time.monotonic() + DOUBT_SECONDS
+        while True:
+            try:
+                return self._store.committed(ticket)
+            except Exception as error:
+                log.warning("a commit is in doubt: %s", self._store.explain(error))
+                if time.monotonic() >= until:
+                    self._doubt = ticket, jobs
+                    return False
+                time.sleep(DOUBT_PAUSE_SECONDS)
+
+    def _end_doubt(self) -> None:
+        """Before any other batch: what was committed after all is handed back as lost."""
+        if self._doubt is None:
+            return
+        ticket, jobs = self._doubt
+        committed = self._store.committed(ticket)
+        self._doubt = None
+        if committed:
+            for job in jobs:
+                job.lose()
+
     def _forget(self, transaction: Transaction) -> None:
         # Also when the clock has gone back: it may have been wrong by years.
         if not 0 < self._forget_at - transaction.now <= FORGET_SECONDS:
@@ -224,6 +296,7 @@ class Writer:
             self._forget_at = transaction.now + (0 if more else FORGET_SECONDS)
 
     def _begin(self) -> Transaction:
+        self._end_doubt()
         totals = Totals(*self._store.begin())
         if totals.generation != self.totals.generation:
             self.shared = read_shared(self._store, totals.generation)
