@@ -25,7 +25,9 @@ from x402mw.escrow.observing import REASON
 
 BODY_BYTES_MAX = 64 * 1024
 BODY_VALUES_MAX = 5000
-"""Counted by commas before parsing: a megabyte of tiny values would keep everyone waiting."""
+VALUE_BYTES = 128
+"""Counted by commas before parsing: a body of tiny values would keep everyone waiting. A shorter
+body has fewer, one for so many bytes of its limit: 512 in what anybody may send."""
 
 FIELD_CHARACTERS_MAX = 100
 PROBLEM_TYPE = "application/problem+json"
@@ -44,8 +46,9 @@ async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[s
         raw += chunk
         if len(raw) > bytes_max:
             raise _too_large(bytes_max)
-    if raw.count(b",") >= BODY_VALUES_MAX:
-        raise Refused(413, "body_too_large", f"a body has at most {BODY_VALUES_MAX} values")
+    values_max = min(BODY_VALUES_MAX, bytes_max // VALUE_BYTES)
+    if raw.count(b",") >= values_max:
+        raise Refused(413, "body_too_large", f"a body has at most {values_max} values here")
     try:
         return loads_object(bytes(raw)) if raw.strip() else {}
     except Malformed as error:
