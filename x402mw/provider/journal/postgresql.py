@@ -40,6 +40,16 @@ VERSION_SETTING = "schema_version"
 READ_VERSION = "SELECT value FROM settings WHERE key = $1"
 WRITE_VERSION = f"INSERT INTO settings VALUES ('{VERSION_SETTING}', '{SCHEMA_VERSION}')"  # noqa: S608
 
+LOCK_TOTALS = rows.READ_TOTALS.replace(" FROM", ", pg_current_xact_id()::text FROM") + " FOR UPDATE"
+TRIES = 3
+LOST = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.OperatorInterventionError,
+    OSError,
+)
+"""What is raised on a connection that is no more."""
+
 T = TypeVar("T")
 
 
@@ -116,13 +126,22 @@ class PostgresqlStore:
         return self._wait(self._begin())
 
     async def _begin(self) -> Values:
-        await self._come_back()
+        for _ in range(TRIES):
+            await self._come_back()
+            try:
+                totals = await self._lock_totals()
+            except LOST:
+                self._book.drop()
+                continue
+            # That took a round trip, in which we heard of it if our other connection was lost.
+            if self._life.up:
+                return totals
+            await self._book.execute("ROLLBACK")
+        raise StoreFailed("the connections to the server are lost")
+
+    async def _lock_totals(self) -> Values:
         await self._book.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
-        statement = rows.READ_TOTALS.replace(" FROM", ", pg_current_xact_id()::text FROM")
-        ((*totals, self._batch),) = await self._book.fetch(f"{statement} FOR UPDATE")
-        # While that took a round trip, we have heard of it if our other connection was lost.
-        if not self._life.up:
-            raise StoreFailed("the connection that keeps this worker's number was lost")
+        ((*totals, self._batch),) = await self._book.fetch(LOCK_TOTALS)
         return tuple(totals)
 
     async def _come_back(self) -> None:
