@@ -4,6 +4,8 @@
 #   make check   ruff and mypy only
 #   make long    the tests again, with many more examples and kills
 #   make sim     ten thousand simulated worlds (SEEDS=1000; SEED=17 replays one, with its trace)
+#   make faults  thousands of kills and faults (SEED=sqlite:7/42 replays one); about an hour
+#   make fuzz    coverage-guided fuzzing of decoders and services; about ten minutes (ARGS=--help)
 #   make bench   peers and ourselves, side by side; about ten minutes (QUICK=1: one)
 
 # A python that is only a version manager's stub does not run, so each one is tried.
@@ -13,7 +15,7 @@ BIN := .venv/bin
 READY := .venv/ready
 BENCH := .venv-bench
 
-.PHONY: demo test check long sim bench clean
+.PHONY: demo test check long sim faults fuzz bench clean
 
 demo: $(READY)
 	$(BIN)/x402mw demo
@@ -32,6 +34,14 @@ long: $(READY)
 
 sim: $(READY)
 	PYTHONPATH=client:. $(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000)) $(ARGS)
+
+faults: $(READY)
+	PYTHONPATH=client:. $(BIN)/python -m tests.faults $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+fuzz: $(READY)
+	@$(BIN)/python -c "import atheris" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[fuzz]"
+	PYTHONPATH=client:. $(BIN)/python -m tests.fuzz.run $(ARGS)
 
 # The peers live in an environment of their own: nothing else here needs them.
 bench: $(BENCH)/ready

@@ -198,15 +198,17 @@ KINDS: list[Callable[[str], Iterator[str]]] = [
 ]  # fmt: skip
 
 
-def spellings(path: str, *, mixed: int = 60) -> list[str]:
-    """All spellings of a path, each once, and some that join two tricks; always the same."""
-    single = dict.fromkeys(chain.from_iterable(kind(path) for kind in KINDS))
+def spellings(path: str, *, least: int = 520) -> list[str]:
+    """All spellings of a path, each once, and so many that join two tricks; always the same."""
+    found = dict.fromkeys(chain.from_iterable(kind(path) for kind in KINDS))
     draw = random.Random(SEED)
-    short = [one for one in single if 0 < len(one) < 100]
-    for _ in range(mixed):
+    short = [one for one in found if 0 < len(one) < 100]
+    for _ in range(least):
+        if len(found) > least:
+            break
         bent = list(draw.choice(KINDS)(draw.choice(short)))
-        single.update(dict.fromkeys(draw.choices(bent) if bent else ()))
-    return [one for one in single if one != path]
+        found.update(dict.fromkeys(draw.choices(bent, k=3) if bent else ()))
+    return [one for one in found if one != path]
 
 
 def decodings(target: str) -> list[str]:
