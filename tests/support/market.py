@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 
 from tests.support.escrow import Agent, EscrowProcess
 
@@ -29,13 +30,18 @@ def free_port() -> int:
 
 @dataclass
 class ShopProcess:
-    """A real uvicorn process serving `tests.whole.shop`, always on the same port and journal."""
+    """Real uvicorn processes serving `tests.whole.shop`, always on the same port and journal.
+
+    With more than one of `workers` uvicorn itself starts them, and starts again those that die.
+    """
 
     folder: Path
     settings: dict[str, str]
     app: str = "tests.whole.shop:app"
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] | None = None
+    workers: int = 1
+    journal: str = ""
 
     @property
     def url(self) -> str:
@@ -43,11 +49,13 @@ class ShopProcess:
 
     def start(self) -> None:
         """Starts it and waits until it answers a free path."""
+        workers = ("--workers", str(self.workers)) if self.workers > 1 else ()
         with (self.folder / "shop.log").open("ab") as output:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "uvicorn", self.app, "--port", str(self.port)),
                     *("--no-access-log", "--log-level", "warning"),
+                    *workers,
                 ],
                 cwd=ROOT,
                 stdout=output,
@@ -56,7 +64,7 @@ class ShopProcess:
                     **os.environ,
                     **self.settings,
                     "SHOP_LOG": str(self.folder / "executions.log"),
-                    "X402MW_JOURNAL": str(self.folder / "journal.db"),
+                    "X402MW_JOURNAL": self.journal or str(self.folder / "journal.db"),
                     "X402MW_ORIGINS": self.url,
                 },
             )
@@ -72,7 +80,16 @@ class ShopProcess:
 
     def kill(self) -> None:
         """Ends it like a power cut of the process: SIGKILL."""
+        for worker in self.worker_processes():
+            worker.kill()
         self._end(signal.SIGKILL)
+
+    def worker_processes(self) -> list[psutil.Process]:
+        """The workers that uvicorn has started by now, if it has several."""
+        if self.process is None:
+            return []
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if _is_worker(child)]
 
     def terminate(self) -> None:
         """Ends it politely: it redeems what it can and closes its journal."""
@@ -88,6 +105,13 @@ class ShopProcess:
         """How often each thing ran, as the app itself counted."""
         log = self.folder / "executions.log"
         return Counter(log.read_text().splitlines()) if log.exists() else Counter()
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
 
 
 @dataclass
@@ -117,7 +141,9 @@ class Market:
 
 
 @contextmanager
-def open_market(folder: Path, *, funds: str = "50.00") -> Iterator[Market]:
+def open_market(
+    folder: Path, *, funds: str = "50.00", workers: int = 1, journal: str = ""
+) -> Iterator[Market]:
     """Starts both processes, registers both parties and funds the buyer."""
     escrow = EscrowProcess(folder / "escrow.db")
     escrow.start()
@@ -128,7 +154,7 @@ def open_market(folder: Path, *, funds: str = "50.00") -> Iterator[Market]:
         answer = httpx.post(f"{escrow.url}/api/v1/agents", json={"name": "buyer"}, timeout=10)
         buyer = Agent(answer.json()["agent_id"], answer.json()["api_key"])
         escrow.deposit(buyer.agent_id, funds)
-        shop = ShopProcess(folder, settings)
+        shop = ShopProcess(folder, settings, workers=workers, journal=journal)
         shop.start()
         seller = Agent(settings["X402MW_AGENT"], settings["X402MW_API_KEY"])
         yield Market(escrow, shop, buyer, seller)

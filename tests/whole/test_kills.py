@@ -1,8 +1,10 @@
 """Provider and escrow killed in mid-run, twenty times: nothing lost, nothing doubled."""
 
 import asyncio
+import os
 import random
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import httpx
 import pytest
 
 from tests.support.market import Market, open_market
+from tests.support.postgresql import fresh_database
 from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import (
     EscrowUnavailable,
@@ -22,6 +25,8 @@ from x402mw_client import Limits, PaymentTransport, Wallet
 pytestmark = [pytest.mark.anyio, pytest.mark.whole]
 
 KILLS = 20
+LONG = bool(os.environ.get("X402MW_LONG"))
+WORKER_KILLS = 30 if LONG else 6
 BUYERS = 4
 ANSWERS_BETWEEN_KILLS = 12
 SEED = 402
@@ -74,47 +79,80 @@ class Shopper:
     async def kill_in_mid_run(self, dice: random.Random) -> None:
         """Kills one process once some more answers have come, and starts it again at once."""
         victim = dice.choice([self.market.shop, self.market.escrow])
+        await self.serve_some_more(dice)
+        victim.kill()
+        await asyncio.to_thread(victim.start)
+
+    async def kill_a_worker(self, dice: random.Random) -> None:
+        """Kills one of the shop's workers; uvicorn starts it again."""
+        await self.serve_some_more(dice)
+        dice.choice(self.market.shop.worker_processes()).kill()
+
+    async def serve_some_more(self, dice: random.Random) -> None:
+        """Waits until some more answers have come."""
         wanted = len(self.answered) + dice.randint(1, ANSWERS_BETWEEN_KILLS)
         async with self.progress:
             await asyncio.wait_for(
                 self.progress.wait_for(lambda: len(self.answered) >= wanted), timeout=60
             )
-        victim.kill()
-        await asyncio.to_thread(victim.start)
 
 
 async def test_twenty_kills(tmp_path: Path) -> None:
     """After SIGKILLs at any moment each call ran at most once, and all books agree to the unit."""
     with open_market(tmp_path) as market:
-        wallet = Wallet(
-            escrow=market.escrow.url,
-            api_key=market.buyer.api_key,
-            limits=Limits(per_request="0.01", total="20.00"),
-            deposit="5.00",
-        )
-        transport = PaymentTransport(wallet)
-        http = httpx.AsyncClient(transport=transport, timeout=20)
-        shopper = Shopper(market, transport, http)
-        dice = random.Random(SEED)
-        async with asyncio.TaskGroup() as group:
-            for buyer in range(BUYERS):
-                group.create_task(shopper.shop(buyer))
-            for _ in range(KILLS):
-                await shopper.kill_in_mid_run(dice)
-            shopper.ended = True
-        spent = wallet.spent
-        await http.aclose()
-        ran = market.shop.executions()
-        answered = Counter(shopper.answered)
-        assert max(ran.values()) == 1
-        assert max(answered.values()) == 1
-        assert answered.keys() <= ran.keys()
-        assert spent == 1000 * (len(answered) + shopper.outcomes["answer gone"])
-        sessions = market.sessions()
-        assert all(to_atomic(session["remaining"]) == 0 for session in sessions)
-        released = sum(to_atomic(session["released"]) for session in sessions)
-        fees = sum(to_atomic(session["fee"]) for session in sessions)
-        assert released == spent
-        assert to_atomic(market.balance(market.seller)) == released - fees
-        assert to_atomic(market.balance(market.buyer)) == 50_000_000 - released
-        market.escrow.check()
+        await shop_through(market, [Shopper.kill_in_mid_run] * KILLS)
+
+
+async def test_killed_workers(tmp_path: Path) -> None:
+    """Three workers on one journal, killed one by one under load: the books agree all the same."""
+    with open_market(tmp_path, workers=3) as market:
+        await shop_through(market, [Shopper.kill_a_worker] * WORKER_KILLS)
+
+
+@pytest.mark.skipif(not LONG, reason="the dead are given half a minute: X402MW_LONG=1")
+async def test_killed_workers_on_postgresql(tmp_path: Path) -> None:
+    """The same with the journal in PostgreSQL."""
+    with (
+        fresh_database() as journal,
+        open_market(tmp_path, workers=3, journal=journal) as market,
+    ):
+        await shop_through(market, [Shopper.kill_a_worker] * WORKER_KILLS)
+
+
+Fault = Callable[[Shopper, random.Random], Awaitable[None]]
+
+
+async def shop_through(market: Market, faults: list[Fault]) -> None:
+    """Buys while things are killed, one after the other, and then compares all books."""
+    wallet = Wallet(
+        escrow=market.escrow.url,
+        api_key=market.buyer.api_key,
+        limits=Limits(per_request="0.01", total="20.00"),
+        deposit="5.00",
+    )
+    transport = PaymentTransport(wallet)
+    http = httpx.AsyncClient(transport=transport, timeout=20)
+    shopper = Shopper(market, transport, http)
+    dice = random.Random(SEED)
+    async with asyncio.TaskGroup() as group:
+        for buyer in range(BUYERS):
+            group.create_task(shopper.shop(buyer))
+        for fault in faults:
+            await fault(shopper, dice)
+        shopper.ended = True
+    spent = wallet.spent
+    await http.aclose()
+    ran = market.shop.executions()
+    answered = Counter(shopper.answered)
+    assert max(ran.values()) == 1
+    assert max(answered.values()) == 1
+    assert answered.keys() <= ran.keys()
+    assert spent == 1000 * (len(answered) + shopper.outcomes["answer gone"])
+    sessions = market.sessions()
+    assert all(to_atomic(session["remaining"]) == 0 for session in sessions)
+    released = sum(to_atomic(session["released"]) for session in sessions)
+    fees = sum(to_atomic(session["fee"]) for session in sessions)
+    assert released == spent
+    assert to_atomic(market.balance(market.seller)) == released - fees
+    assert to_atomic(market.balance(market.buyer)) == 50_000_000 - released
+    market.escrow.check()
