@@ -55,8 +55,8 @@ class Crowd:
         return answer.body
 
 
-async def open_crowd(ledger: Ledger, sessions: int) -> Crowd:
-    """Opens sessions of $100 in one transaction."""
+async def open_crowd(ledger: Ledger, sessions: int, seconds: int = 86_400) -> Crowd:
+    """Opens sessions of $100, that end after so many seconds, in one transaction."""
     async with ledger.write() as tx:
         buyer = (await agents.register(tx, "buyer"))["agent_id"]
         provider = await agents.register(tx, "provider")
@@ -74,7 +74,7 @@ async def open_crowd(ledger: Ledger, sessions: int) -> Crowd:
                 journal=JOURNAL,
                 memo="",
                 created_at=tx.now,
-                expires_at=tx.now + 86_400,
+                expires_at=tx.now + seconds,
             )
             names.append(tx.save(empty, rules.top_up(empty, DEPOSIT), "lock").escrow_id)
     network = network_id(ledger.settings.network, ledger.signer.root_key)

@@ -5,6 +5,7 @@ on PostgreSQL (READ COMMITTED). Only connections from `reading` begin without it
 """
 
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,6 +28,10 @@ CONNECTIONS_MAX = 8
 _FORMS = "a database is a file path, sqlite:///... or postgresql://user:password@host:port/name"
 _SETUP_LOCK = 402
 _CONFLICTS = ("40001", "40P01")
+# Of PostgreSQL's classes of errors: connection, resources, operator, system, internal.
+_AWAY_CLASSES = ("08", "53", "57", "58", "XX")
+_READ_ONLY = "25006"
+_SQLITE_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def normal_url(text: str) -> str:
@@ -165,12 +170,23 @@ def _upgrade(connection: Connection) -> None:
 
 def is_conflict(error: DBAPIError) -> bool:
     """Tells whether the database asks to run the very same transaction again."""
-    state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-    return state in _CONFLICTS
+    return _sqlstate(error) in _CONFLICTS
 
 
 def is_unavailable(error: BaseException) -> bool:
-    """Tells whether the database cannot work now (locked, full, away), as against refusing data."""
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
-        return True
+    """Tells whether the database cannot work now, as against refusing data.
+
+    Locked, full, damaged, away, read-only after a failover, or too busy to end a conflict.
+    """
+    if isinstance(error, DBAPIError):
+        state = _sqlstate(error)
+        damage = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        if error.connection_invalidated or damage in _SQLITE_DAMAGE:
+            return True
+        if state[:2] in _AWAY_CLASSES or state == _READ_ONLY or is_conflict(error):
+            return True
     return isinstance(error, (OperationalError, InterfaceError, PoolTimeout, OSError))
+
+
+def _sqlstate(error: DBAPIError) -> str:
+    return str(getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or "")

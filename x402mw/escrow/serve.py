@@ -1,5 +1,6 @@
 """Runs the escrow as a process: one socket, one announcement, a clean end on SIGTERM."""
 
+import gc
 import signal
 import socket
 from collections.abc import Callable
@@ -73,7 +74,13 @@ def run(
     app: ASGIApp, sock: socket.socket, announce: Callable[[], None], trusted_proxies: str
 ) -> bool:
     """Serves until a signal; returns whether it ever started."""
-    server = AnnouncingServer(app, announce, trusted_proxies)
+
+    def settle_and_announce() -> None:
+        # What start-up made stays; walking through it again and again would hold up requests.
+        gc.freeze()
+        announce()
+
+    server = AnnouncingServer(app, settle_and_announce, trusted_proxies)
     # uvicorn repeats the signal that stopped it; after a clean end there is nothing left to kill.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

@@ -1,0 +1,227 @@
+"""Where databases differ, and what would go wrong if nobody looked: on both, or on one alone."""
+
+import asyncio
+import re
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.exc import DBAPIError
+
+import x402mw.escrow
+from tests.escrow.market import code_of, market
+from tests.support.crowd import open_crowd
+from tests.support.escrow import ROOT_SEED, MovingClock
+from x402mw.core.amounts import AMOUNT_MAX, Atomic
+from x402mw.escrow import agents, deadlines, schema, sessions
+from x402mw.escrow.ledger import Ledger, open_ledger
+from x402mw.escrow.rows import find_escrow
+from x402mw.escrow.settings import Settings
+from x402mw.escrow.transactions import Transaction
+
+pytestmark = pytest.mark.anyio
+STALL_SECONDS_MAX = 0.1
+
+
+@asynccontextmanager
+async def ledger_at(url: str, clock: MovingClock | None = None) -> AsyncIterator[Ledger]:
+    """A serving ledger."""
+    ledger = await open_ledger(Settings(url, ROOT_SEED), clock or MovingClock(), serving=True)
+    try:
+        yield ledger
+    finally:
+        await ledger.close()
+
+
+async def rows_of(ledger: Ledger) -> dict[str, list[tuple[object, ...]]]:
+    """Every row there is."""
+    async with ledger.read() as connection:
+        tables = schema.metadata.sorted_tables
+        return {
+            table.name: sorted(map(tuple, await connection.execute(select(table))))
+            for table in tables
+        }
+
+
+# Amounts.
+
+INEXACT = ("9223372036854775807 + 1", "0.5", "1e300", "'x'")
+COLUMNS = [
+    *(("escrows", name) for name in ("amount", "released", "redeemed", "refunded", "fee")),
+    ("accounts", "balance"),
+    ("faucet_claims", "amount"),
+    ("service", "entry_seq"),
+]
+
+
+@pytest.mark.parametrize(("table", "column"), COLUMNS)
+async def test_sqlite_never_turns_an_amount_into_a_float(
+    tmp_path: Path, table: str, column: str
+) -> None:
+    """M1: where SQLite would store a float without a word, the table refuses. SQLite only."""
+    async with market(tmp_path) as m:
+        await m.open()
+        await m.post(m.buyer, "/faucet/claim")
+        with closing(sqlite3.connect(tmp_path / "escrow.db", isolation_level=None)) as stranger:
+            for value in INEXACT:
+                with pytest.raises(sqlite3.IntegrityError):
+                    stranger.execute(f"UPDATE {table} SET {column} = {value}")
+            kinds = stranger.execute(f"SELECT DISTINCT typeof({column}) FROM {table}").fetchall()
+        assert kinds == [("integer",)]
+
+
+async def test_a_float_never_reaches_the_database(db: str) -> None:
+    """M1: a float in the place of an amount is an error, and moves nothing."""
+    async with ledger_at(db) as ledger:
+        async with ledger.write() as tx:
+            rich = (await agents.register(tx, "rich"))["agent_id"]
+        before = await rows_of(ledger)
+        with pytest.raises(Exception, match=r".") as refused:
+            async with ledger.write() as tx:
+                await agents.deposit(tx, rich, 0.5)  # type: ignore[arg-type]
+        assert isinstance(refused.value, (DBAPIError, TypeError))
+        assert await rows_of(ledger) == before
+
+
+@pytest.mark.parametrize("amount", [AMOUNT_MAX, 2**63, 2**64, 2**256])
+async def test_what_no_integer_holds_is_one_refusal(db: str, amount: int) -> None:
+    """M1 and I10: beyond 2^63-1 both databases give the same refusal, and no row is different."""
+    async with ledger_at(db) as ledger:
+        crowd = await open_crowd(ledger, 1)
+        (name,) = crowd.sessions
+        before = await rows_of(ledger)
+        answer = await ledger.perform(
+            lambda tx: sessions.top_up(tx, crowd.buyer, name, Atomic(amount)), caller=crowd.buyer
+        )
+        assert (answer.status, '"amount_out_of_range"' in answer.body) == (409, True)
+        assert await rows_of(ledger) == before
+
+
+async def test_sums_are_whole_numbers_again(db: str) -> None:
+    """Engines: PostgreSQL adds integers up to a Decimal; what we say of it is a whole number."""
+    async with market(db) as m:
+        assert (await m.post(m.buyer, "/faucet/claim")).json()["claimed"] == "1.00"
+        async with m.escrow.ledger.read() as connection:
+            total = await connection.execute(select(func.sum(schema.faucet_claims.c.amount)))
+            given = total.scalar_one()
+        assert isinstance(given, Decimal if db.startswith("postgresql") else int)
+        answer = await m.post(m.provider, "/faucet/claim")
+        assert answer.json() == {"claimed": "1.00", "balance": "1.00"}
+
+
+# Locks.
+
+
+def test_no_statement_relies_on_what_sqlite_drops() -> None:
+    """Engines: SQLite silently leaves out SKIP LOCKED and has no advisory locks."""
+    folder = Path(x402mw.escrow.__file__).parent
+    sources = {path.name: path.read_text() for path in folder.rglob("*.py")}
+    assert not [name for name, text in sources.items() if re.search("skip_?locked", text, re.I)]
+    assert [name for name, text in sources.items() if "with_for_update" in text] == [
+        "transactions.py"
+    ]
+    assert [name for name, text in sources.items() if "advisory" in text] == ["database.py"]
+
+
+async def test_sqlite_takes_the_lock_when_it_begins(tmp_path: Path) -> None:
+    """I12: a writer holds the lock before its first statement; a reader never does. SQLite only."""
+    path = tmp_path / "escrow.db"
+    async with ledger_at(str(path)) as ledger:
+        with closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as stranger:
+            async with ledger._engine.begin():
+                with pytest.raises(sqlite3.OperationalError, match="locked"):
+                    stranger.execute("BEGIN IMMEDIATE")
+            async with ledger.read() as connection:
+                await connection.execute(select(schema.service))
+                stranger.execute("BEGIN IMMEDIATE")
+                stranger.execute("ROLLBACK")
+
+
+# Damage.
+
+
+async def test_damage_while_serving_is_a_503(tmp_path: Path) -> None:
+    """Failures: a file that breaks under a running service is unavailable. SQLite only."""
+    async with market(tmp_path) as m:
+        await m.open()
+        async with m.escrow.ledger.read() as connection:
+            await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        path = tmp_path / "escrow.db"
+        good = path.read_bytes()
+        path.write_bytes(good[:4096] + b"7" * (len(good) - 4096))
+        await m.escrow.ledger._engine.dispose()
+        assert code_of(await m.get(m.buyer, "/agents/me")) == (503, "unavailable")
+        path.write_bytes(good)
+        await m.escrow.ledger._engine.dispose()
+        assert (await m.get(m.buyer, "/agents/me")).status_code == 200
+
+
+# Time.
+
+
+async def test_two_hosts_whose_clocks_disagree(db: str) -> None:
+    """T5: hosts with clocks minutes apart are no outage of each other; deadlines still come."""
+    slow = MovingClock()
+    fast = MovingClock(slow.now + deadlines.SKEW_SECONDS)
+    async with ledger_at(db, slow) as one, ledger_at(db, fast) as other:
+        crowd = await open_crowd(one, 1, seconds=1800)
+        for _ in range(1800 // 50):
+            for clock, ledger in ((slow, one), (fast, other)):
+                clock.advance(50)
+                await ledger.sweep()
+        async with one.read() as connection:
+            escrow = await find_escrow(connection, crowd.sessions[0])
+    assert escrow is not None
+    assert escrow.status == "refunded"
+
+
+# Speed.
+
+
+async def test_a_thousand_vouchers_do_not_hold_up_the_loop(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Speed: while a full batch is redeemed no step keeps the event loop for 100 ms of CPU."""
+    steps: list[float] = []
+    run = asyncio.Handle._run
+
+    def timed(handle: asyncio.Handle) -> None:
+        started = time.thread_time()
+        run(handle)
+        steps.append(time.thread_time() - started)
+
+    async with ledger_at(db) as ledger:
+        crowd = await open_crowd(ledger, 1000)
+        batch = crowd.parsed(1000)
+        monkeypatch.setattr(asyncio.Handle, "_run", timed)
+        answer = await crowd.redeem(ledger, batch)
+        monkeypatch.undo()
+    assert answer.count('"ok":true') == 1000
+    assert max(steps) < STALL_SECONDS_MAX, max(steps)
+
+
+async def test_what_a_rule_changes_is_written(db: str) -> None:
+    """House: after each operation the stored row is the very escrow that the rules made."""
+    made = []
+    save = Transaction.save
+
+    def noting(tx: Transaction, *arguments: object) -> object:
+        made.append(save(tx, *arguments))  # type: ignore[arg-type]
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transaction, "save", noting)
+        async with market(db) as m:
+            name = (await m.open())["escrow_id"]
+            for path, body in (("topup", {"amount": "1"}), ("token", None), ("close", None)):
+                await m.post(m.buyer, f"/escrow/{name}/{path}", body)
+            await m.redeem({"voucher": m.voucher(name, "1"), "amount": "1", "final": True})
+            async with m.escrow.ledger.read() as connection:
+                row = (await connection.execute(select(schema.escrows))).one()
+    assert len(made) == 5
+    assert dict(row._mapping) == made[-1]._asdict()
