@@ -35,8 +35,8 @@ Prices = Mapping[tuple[str, str], PricedRoute | Free]
 class Provider:
     """Who sells: an account at an escrow, and a journal that is its book.
 
-    `escrow` is the escrow's URL, `api_key` the account's bearer secret. `journal` is a file path;
-    one journal belongs to one address and one process. `origins` are the addresses buyers use
+    `escrow` is the escrow's URL, `api_key` the account's bearer secret. `journal` is a file path or
+    a `postgresql://` URL; all workers behind one address share one. `origins` are the addresses buyers use
     ("https://api.example.com"); a loopback address needs none. `escrow_root` pins the escrow's root
     key (base64url); without it the first one seen is pinned. `durability` "fsync" survives power
     loss, "process" only the loss of the process. At most `unredeemed_max` (display units) is served
@@ -85,7 +85,7 @@ class Provider:
         """Opens the journal, meets the escrow, and returns what requests need.
 
         The very first start needs the escrow; later ones do not. Raises `ConfigurationError` for
-        what could not work: a journal in use, an unknown account, times that do not fit.
+        what could not work: a damaged journal, an unknown account, times that do not fit.
         """
         journal = await asyncio.to_thread(
             Journal.open, self._journal, durability=self._durability, clock=self._clock
