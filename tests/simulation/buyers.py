@@ -14,10 +14,14 @@ from tests.simulation.handlers import plan_work
 from tests.simulation.journals import Disk, copy_file, put_back
 from tests.simulation.loop import Killed, Process
 from tests.simulation.oracle import Asked
+from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import PaymentOutcomeUnknown, X402mwError
 from x402mw_client.closing import close_all, close_session, resolve_doubts
 from x402mw_client.limits import Limits
 from x402mw_client.sessions import State
+
+DEAREST = 200_000
+"""What one call may cost at most: the wallets' limit per request."""
 
 
 class Life:
@@ -232,6 +236,17 @@ class BuyerParty:
         self.restores += 1
         put_back(self.backup, self.path)
         return True
+
+    @property
+    def limits_total(self) -> int:
+        """All it may ever spend."""
+        return int(to_atomic(self.total))
+
+    @property
+    def open_most(self) -> int:
+        """What one session may have signed and not yet accounted for: a call may always go."""
+        most = to_atomic(self.max_open) if self.max_open else to_atomic(self.deposit) // 2
+        return max(int(most), DEAREST)
 
     @property
     def sessions(self) -> Any:

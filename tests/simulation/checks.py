@@ -70,9 +70,16 @@ def check_settled(world: Any) -> None:
 
 def _check_runs(world: Any) -> None:
     restored = {provider.name: provider.restores for provider in world.providers}
+    thieves = tuple(thief.name + "-" for thief in world.thieves)
+    by_seq: dict[Any, int] = defaultdict(int)
     for call, runs in world.oracle.by_call.items():
-        if len(runs) > 1 + restored[runs[0].provider]:
+        for run in runs:
+            by_seq[run.provider, run.session, run.seq] += 1
+        if len(runs) > 1 + restored[runs[0].provider] and not call.startswith(thieves or "?"):
             world.oracle.fail(f"the handler of {call} ran {len(runs)} times")
+    for (provider, session, seq), count in by_seq.items():
+        if count > 1 + restored[provider]:
+            world.oracle.fail(f"{provider} ran {count} handlers for one seq {seq} of {session}")
 
 
 def _check_provider(world: Any, provider: Any) -> None:
@@ -142,9 +149,9 @@ def _check_ratings(world: Any, provider: Any) -> None:
 def _check_buyer(world: Any, buyer: Any) -> None:
     oracle = world.oracle
     fail = oracle.fail
-    honest = {provider.account.agent_id: provider for provider in world.providers}
+    by_id = {provider.account.agent_id: provider for provider in world.providers}
     for session in buyer.sessions:
-        provider = honest[session.offer.terms.pay_to]
+        provider = by_id[session.offer.terms.pay_to]
         well = provider.honest and not provider.restores and not buyer.restores
         if not session.charged + session.held <= session.deposit:
             fail(f"{buyer.name} {session.name}: more is spent than locked")
@@ -174,6 +181,25 @@ async def check_end(world: Any) -> None:
     for provider in world.providers:
         if provider.honest:
             _check_paid(world, provider, books)
+    for buyer in world.buyers:
+        _check_loss(world, buyer, books)
+
+
+def _check_loss(world: Any, buyer: Any, books: Ledgered) -> None:
+    """A buyer loses at most what it has signed and not yet used, and its limits hold."""
+    told: dict[str, int] = defaultdict(int)
+    for (session, _), charge in buyer.told.items():
+        told[session] += charge
+    for session in buyer.sessions:
+        told[session.name] = max(told[session.name], session.charged)
+    own = [one for one in books.escrows.values() if one.buyer == buyer.account.agent_id]
+    whole = buyer.path is not None and not buyer.restores
+    if whole and sum(one.released for one in own) > buyer.limits_total:
+        world.oracle.fail(f"{buyer.name} paid more than its limit {buyer.total}")
+    for one in own:
+        loss = one.released - told[one.escrow_id]
+        if whole and loss > buyer.open_most:
+            world.oracle.fail(f"{buyer.name} lost {loss} in {one.escrow_id}")
 
 
 def _check_postings(world: Any, books: Ledgered) -> None:

@@ -8,19 +8,17 @@ before or right after a commit.
 import asyncio
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from tests.simulation.loop import HERE, Killed
-from x402mw.provider.journal.calls import recover
 from x402mw.provider.journal.errors import JournalUnavailable
-from x402mw.provider.journal.store import RowRefused, StoreFailed
 from x402mw.provider.journal.writer import Job, Writer
 
-WORKER_ROUND_SECONDS = 15.0
+WORKER_ROUND_SECONDS = 40.0
 """How often a worker looks for others that died."""
 
 
@@ -60,18 +58,20 @@ def disk_here() -> Disk:
 class SimWriter(Writer):
     """A worker's writer on the simulated loop instead of a thread."""
 
-    def __init__(self, store: Any, clock: Any, **more: Any) -> None:
+    def open(self, open_store: Any) -> None:
+        """Opens the store; there is no thread to start."""
         self._due = False
+        store = self._store = open_store()
         process = HERE.get()
         if process is not None:
             process.at_death.append(store.close)
         commit = store.commit
         store.commit = lambda: disk_here().commit(commit)
-        super().__init__(store, clock, **more)
-
-    def start(self) -> None:
-        """There is no thread to start, but the other workers are looked after."""
-        self.leads = self._store.lead()
+        try:
+            self._resume()
+        except BaseException:
+            store.close()
+            raise
         self._look_after()
 
     def _look_after(self) -> None:
@@ -83,11 +83,11 @@ class SimWriter(Writer):
             self._look_after()
 
     def stop(self) -> None:
-        """Commits what waits, and settles what is still open."""
+        """Commits what waits, settles what is still open, and leaves."""
         self.stopped = True
         self._flush()
-        with suppress(RowRefused, StoreFailed):
-            self.run(lambda transaction: recover(transaction, transaction.worker))
+        self._leave()
+        self._store.close()
 
     def submit(self, operation: Any, *, needs: Any = None, lost: Any = None) -> Any:
         """Lets the operation wait for its batch."""

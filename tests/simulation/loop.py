@@ -16,6 +16,7 @@ from typing import Any
 HERE: ContextVar["Process | None"] = ContextVar("HERE", default=None)
 """The process whose code is running now; None is the world itself, which never dies."""
 
+TIMERS = 60
 HANDLES_MAX = 3_000_000
 """A seed that runs longer than this is stuck in a loop."""
 
@@ -80,10 +81,17 @@ class SimLoop(asyncio.BaseEventLoop):
     def _jump(self, ready: Any) -> None:
         """Lets time pass to the next timer."""
         scheduled: Any = self._scheduled  # type: ignore[attr-defined]  # of BaseEventLoop
+        if self._timer_cancelled_count * 2 > len(scheduled) > TIMERS:  # type: ignore[has-type]
+            # Most timers are limits that were never reached.
+            scheduled[:] = [handle for handle in scheduled if not handle._cancelled]
+            heapq.heapify(scheduled)
+            self._timer_cancelled_count = 0
         while scheduled:
             handle = heapq.heappop(scheduled)
             handle._scheduled = False
-            if not handle._cancelled:
+            if handle._cancelled:
+                self._timer_cancelled_count -= 1
+            else:
                 self.moment = max(self.moment, handle._when)
                 ready.append(handle)
                 return

@@ -13,11 +13,12 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -82,6 +83,9 @@ def open_engine(url: str) -> Any:
     return engine
 
 
+_urlparse = lru_cache(maxsize=4096)(httpx._urls.urlparse)  # type: ignore[attr-defined]
+"""Parsing the same few addresses over and over would take a tenth of all time."""
+
 _open_engine = database.open_engine
 registry.register("sqlite.sim", __name__, "SimDialect")
 
@@ -112,7 +116,7 @@ def empty_books() -> bytes:
         shutil.rmtree(folder)
 
 
-async def _at_once(function: Callable[..., Any], *args: Any) -> Any:
+async def _at_once(function: Callable[..., Any], *args: Any, limiter: Any = None) -> Any:
     return function(*args)
 
 
@@ -143,6 +147,7 @@ def simulated(seed: int) -> Iterator[None]:
         mock.patch.object(os, "urandom", chance.randbytes),
         mock.patch.object(random, "_urandom", chance.randbytes),
         mock.patch("x402mw.escrow.redemption.run_sync", _at_once),
+        mock.patch("httpx._urls.urlparse", _urlparse),
         mock.patch("x402mw.escrow.database.migrate", _migrated),
         mock.patch("x402mw.escrow.database.open_engine", open_engine),
         mock.patch("x402mw.escrow.database.normal_url", lambda text: f"sqlite+sim:///{text}"),

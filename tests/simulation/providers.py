@@ -19,7 +19,7 @@ from x402mw.provider.middleware import PaymentMiddleware
 from x402mw.provider.provider import Provider
 from x402mw.provider.redeemer import Redeemer
 
-CONTACT_SECONDS, ROUND_SECONDS, BY_AGE_SECONDS, AWAY_SECONDS = 80.0, 8.0, 50.0, 90
+CONTACT_SECONDS, ROUND_SECONDS, BY_AGE_SECONDS, AWAY_SECONDS = 110.0, 15.0, 45.0, 130
 """Slower than in production, so that more of a seed is spent on calls than on housekeeping."""
 
 
@@ -113,7 +113,7 @@ class ProviderParty:
         self.disk = Disk()
         self.quote = "0.01"
         self.unredeemed_max = world.rng.choice(("10.00", "10.00", "0.30"))
-        self.size = world.rng.choice((1, 1, 2, 3))
+        self.size = world.rng.choice((1, 1, 1, 2, 3))
         self.replicas: list[Replica] = []
         self.lives = 0
         self.restores = 0

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import httpx
+
 from tests.simulation import checks
 from tests.simulation.buyers import BuyerParty, Life
 from tests.simulation.clocks import Clock
@@ -27,11 +29,12 @@ from tests.simulation.network import Network
 from tests.simulation.oracle import Oracle
 from tests.simulation.patches import empty_books, scratch_folder, simulated
 from tests.simulation.providers import ProviderParty, simulated_providers
+from tests.simulation.thieves import GreedyBuyer, GreedyProvider
 from tests.simulation.wallets import simulated_wallets
 
 OPERATIONS = 200
 SECONDS_MAX = 3000.0
-MONITOR_SECONDS = 30.0
+MONITOR_SECONDS = 40.0
 LOOK_SECONDS = 300.0
 SETTLE_SECONDS = 75.0
 DEAD_SECONDS = 430.0
@@ -67,9 +70,11 @@ class World:
         self.works: dict[str, Work] = {}
         self.network = Network(self.loop, random.Random(f"network {seed}"), self.note)
         self.network.taps.append(self.oracle.tap)
+        self.network.taps.append(self._count_escrow)
         self.escrow = EscrowParty(self.loop, self.network, folder, Clock(self.loop.time))
         self.providers: list[ProviderParty] = []
         self.buyers: list[BuyerParty] = []
+        self.thieves: list[GreedyBuyer] = []
         self.gap = 10.0
         self._looked_at = 0.0
 
@@ -81,6 +86,12 @@ class World:
             self.oracle.count(f"fault: {words[1]}")
         if self.tracing:
             self.trace.append(f"{self.loop.time():9.3f}  " + "  ".join(map(str, words)))
+
+    def _count_escrow(self, _here: str, request: httpx.Request) -> None:
+        """What is asked of the escrow's ledger is an operation too."""
+        if request.url.host == HOST:
+            what = request.url.path.rsplit("/", 1)[-1]
+            self.operation("escrow: " + ("show" if what.startswith("esc_") else what))
 
     def operation(self, what: str, who: str = "", count: int = 1) -> None:
         """Somebody does something."""
@@ -146,18 +157,22 @@ class World:
         for number in range(self.rng.choice((1, 1, 2))):
             name = f"p{number}"
             account = await self.escrow.new_agent(name, 0)
-            self.providers.append(ProviderParty(self, name, account, self.folder))
+            kind = GreedyProvider if self.rng.random() < 0.2 else ProviderParty
+            self.providers.append(kind(self, name, account, self.folder))
         for number in range(self.rng.choice((1, 2, 3))):
             name = f"b{number}"
             account = await self.escrow.new_agent(name, self.rng.choice((3, 20, 100)) * 10**6)
             self.buyers.append(BuyerParty(self, name, account, self.folder))
         for provider in self.providers:
             provider.start()
+        if self.rng.random() < 0.4:
+            account = await self.escrow.new_agent("thief", 20 * 10**6)
+            self.thieves.append(GreedyBuyer(self, "thief", account))
         await asyncio.sleep(2)
         actors = sum(buyer.actors * buyer.size for buyer in self.buyers)
-        self.gap = actors * self.rng.choice((100, 300, 300, 900)) / self.target
-        for buyer in self.buyers:
-            buyer.start()
+        self.gap = actors * self.rng.choice((60, 120, 300, 300, 700)) / self.target
+        for party in (*self.buyers, *self.thieves):
+            party.start()
 
     async def _monitor(self) -> None:
         while True:
@@ -238,7 +253,7 @@ def simulate(seed: int, *, operations: int = OPERATIONS, trace: bool = False) ->
 def _simulate(seed: int, folder: Path, *, operations: int, trace: bool) -> Report:
     world = World(seed, folder, operations=operations, trace=trace)
     problems = world.oracle.problems
-    sweep = world.rng.choice((30.0, 55.0))
+    sweep = world.rng.choice((40.0, 57.0))
     try:
         with (
             simulated_providers(world.network),
