@@ -47,9 +47,11 @@ class Shop:
         self.journal.close()
 
 
-async def open_shop(path: Path, escrow: ScriptedEscrow, clock: Clock, **changes: Any) -> Shop:
+async def open_shop(
+    place: Path | str, escrow: ScriptedEscrow, clock: Clock, **changes: Any
+) -> Shop:
     """Opens the shop; its redeemer's task is not started."""
-    journal = Journal.open(str(path), clock=clock)
+    journal = Journal.open(str(place), clock=clock)
     link = EscrowLink(journal, escrow.client(), clock=clock)
     # The tests move our clock; theirs would stay, and ours count as wrong.
     escrow.date = None

@@ -1,7 +1,6 @@
 """Redeeming: everything owed is handed in, whatever the escrow does meanwhile, and never twice."""
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -28,15 +27,9 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """Where the journal is."""
-    return tmp_path / "journal.db"
-
-
-@pytest.fixture
-async def shop(path: Path) -> AsyncIterator[Shop]:
+async def shop(place: str) -> AsyncIterator[Shop]:
     """An open shop, with an escrow that does as it is told."""
-    opened = await open_shop(path, ScriptedEscrow(), Clock())
+    opened = await open_shop(place, ScriptedEscrow(), Clock())
     yield opened
     await opened.redeemer.stop()
     await opened.stop()
@@ -91,9 +84,9 @@ async def test_a_wrong_clock_redeems_everything(shop: Shop) -> None:
     assert amounts(shop.escrow) == [["0.001"]]
 
 
-async def test_redeems_by_amount(path: Path) -> None:
+async def test_redeems_by_amount(place: str) -> None:
     """A session that owes `by_amount` is redeemed without waiting; others wait."""
-    shop = await open_shop(path, ScriptedEscrow(), Clock(), by_amount=Atomic(3000))
+    shop = await open_shop(place, ScriptedEscrow(), Clock(), by_amount=Atomic(3000))
     await shop.sell(A, 3)
     await shop.sell(B, 2)
     await shop.redeemer._round()
@@ -101,9 +94,9 @@ async def test_redeems_by_amount(path: Path) -> None:
     await shop.stop()
 
 
-async def test_redeems_before_vouchers_run_out(path: Path) -> None:
+async def test_redeems_before_vouchers_run_out(place: str) -> None:
     """However patient, a session is redeemed well before the last minute of its vouchers."""
-    shop = await open_shop(path, ScriptedEscrow(), Clock(), by_age=10**6)
+    shop = await open_shop(place, ScriptedEscrow(), Clock(), by_age=10**6)
     await shop.sell(A)
     shop.clock.now = TOKEN.claim_until - 121
     await shop.redeemer._round()
@@ -246,7 +239,7 @@ async def test_a_poisoned_batch_is_taken_apart(shop: Shop) -> None:
     assert shop.journal.unredeemed == 0
 
 
-async def test_sent_is_written_before_it_is_sent(shop: Shop, path: Path) -> None:
+async def test_sent_is_written_before_it_is_sent(shop: Shop, place: str) -> None:
     """Killed between sending and hearing, the journal knows what it sent; sending again is safe."""
     await shop.redeemer.contact()
     await shop.sell(A, 2)
@@ -256,7 +249,7 @@ async def test_sent_is_written_before_it_is_sent(shop: Shop, path: Path) -> None
     assert shop.escrow.sessions[A].redeemed == 2000
     await shop.stop()
     shop.escrow.answer_lost = False
-    again = await open_shop(path, shop.escrow, shop.clock)
+    again = await open_shop(place, shop.escrow, shop.clock)
     assert again.journal.unredeemed == 2000
     await again.redeemer.redeem_all()
     assert again.journal.replaced == frozenset()
@@ -264,9 +257,9 @@ async def test_sent_is_written_before_it_is_sent(shop: Shop, path: Path) -> None
     await again.stop()
 
 
-async def test_a_lost_first_answer_is_no_restored_backup(path: Path) -> None:
+async def test_a_lost_first_answer_is_no_restored_backup(place: str) -> None:
     """However often the first contact is repeated, our own serial is not taken for another's."""
-    shop = await open_shop(path, ScriptedEscrow(), Clock())
+    shop = await open_shop(place, ScriptedEscrow(), Clock())
     await shop.sell(A)
     shop.escrow.answer_lost = True
     for _ in range(3):
@@ -335,9 +328,9 @@ async def test_redeem_session(shop: Shop) -> None:
     assert not await shop.redeemer.redeem_session(B, final=False)
 
 
-async def test_stopping_hands_in_what_is_owed(path: Path) -> None:
+async def test_stopping_hands_in_what_is_owed(place: str) -> None:
     """A provider that stops redeems first; with the escrow away it stops all the same."""
-    shop = await open_shop(path, ScriptedEscrow(), Clock())
+    shop = await open_shop(place, ScriptedEscrow(), Clock())
     await shop.redeemer.start()
     await shop.sell(A)
     await shop.redeemer.stop()
@@ -426,14 +419,14 @@ async def test_a_long_outage_does_not_end_the_task(shop: Shop) -> None:
         await shop.redeemer._pause()
 
 
-async def test_starts_with_the_escrow_away(path: Path) -> None:
+async def test_starts_with_the_escrow_away(place: str) -> None:
     """After its first start a provider starts with the escrow away, and redeems once it is back."""
-    shop = await open_shop(path, ScriptedEscrow(), Clock())
+    shop = await open_shop(place, ScriptedEscrow(), Clock())
     await shop.sell(A)
     await shop.stop()
     shop.escrow.down = True
     shop.clock.now = NOW + 5
-    shop = await open_shop(path, shop.escrow, shop.clock)
+    shop = await open_shop(place, shop.escrow, shop.clock)
     await shop.redeemer.start()
     assert shop.link.away
     shop.escrow.down = False
