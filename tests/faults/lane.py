@@ -1,0 +1,571 @@
+"""A lane: one board, one relay, one template of an escrow, and one schedule after the other.
+
+The lane is the process from which all others are forked. It starts them, breaks them as the
+schedule says, heals everything, lets everyone come to an end, and then asks the oracle.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.faults import oracle, process, proxy
+from tests.faults.board import Action, Armed, Board
+from tests.faults.children import Child, Family, Late
+from tests.faults.points import POINTS
+from tests.faults.process import World
+from tests.faults.schedules import LINKS, Fault, Schedule
+
+START_SECONDS = 10.0
+SCRIPT_SECONDS = 30.0
+SETTLE_SECONDS = 15.0
+RETRY_SECONDS = 0.03
+STARTS_MAX = 8
+PORTS = 20
+FILE_BYTES_LEAST = 16_384
+STEP_SECONDS = 55
+"""How far the escrow's clock goes at once: a longer step would look like an outage to it."""
+
+
+@dataclass
+class Account:
+    """An agent of the template."""
+
+    agent_id: str
+    api_key: str
+
+
+@dataclass
+class Run:
+    """What happened in one schedule. `problems` are what must not be."""
+
+    schedule: Schedule
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+    fired: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+    figures: dict[str, int] = field(default_factory=dict)
+    passed: list[int] = field(default_factory=list)
+
+
+class Ports:
+    """Twenty ports of this machine that no other lane has; held by listening on the last."""
+
+    def __init__(self) -> None:
+        for base in range(20_000, 32_000, PORTS):
+            self._guard = socket.socket()
+            try:
+                self._guard.bind(("127.0.0.1", base + PORTS - 1))
+            except OSError:
+                self._guard.close()
+                continue
+            self.links = dict(zip(LINKS, range(base, base + len(LINKS)), strict=True))
+            self.escrow, self.shared, self.spare = base + 4, base + 5, base + 6
+            self.workers = tuple(range(base + 8, base + 12))
+            return
+        raise RuntimeError("all ports are taken")
+
+
+class Lane:
+    """Runs schedules. Make it in a process that never ran an event loop or a thread."""
+
+    def __init__(self, folder: Path, database: str = "sqlite", *, mutant: str = "") -> None:
+        self.folder = folder
+        self.database = database
+        self.mutant = mutant
+        folder.mkdir(parents=True, exist_ok=True)
+        self.board = Board()
+        self.ports = Ports()
+        self.relays, self.family = Family(), Family()
+        self._control: Any = None
+        self._start_relay()
+        self.seller, self.buyer = Account("", ""), Account("", "")
+        self.template = self._make_template()
+
+    def close(self) -> None:
+        """Ends everything."""
+        self.family.kill_all()
+        self.relays.kill_all()
+
+    # The relay.
+
+    def _start_relay(self) -> None:
+        ours, theirs = socket.socketpair()
+        links = [proxy.Link(name, port) for name, port in self.ports.links.items()]
+
+        def serve(_pipe: int) -> None:
+            ours.close()
+            import asyncio
+
+            asyncio.run(proxy.Relay(links).serve(theirs))
+
+        self.relays.fork("relay", self.folder / "relay.log", serve)
+        theirs.close()
+        ours.settimeout(10)
+        self._control = ours.makefile("rw")
+
+    def _order(self, **order: Any) -> list[list[str]]:
+        """Gives the relay an order; returns the faults that have fired so far."""
+        self._control.write(json.dumps(order) + "\n")
+        self._control.flush()
+        fired: list[list[str]] = json.loads(self._control.readline())
+        return fired
+
+    # The template.
+
+    def _make_template(self) -> Path:
+        """An escrow that knows a seller and a buyer with money, to be copied for each schedule."""
+        folder = self.folder / "template"
+        folder.mkdir()
+        world = self._world(folder, str(folder / "escrow.db"))
+        child = self.family.fork(
+            "escrow", folder / "log", partial(process.escrow, world, self.board)
+        )
+        self.family.wait(lambda: bool(child.said), START_SECONDS, "the template")
+        self.seller, self.buyer = self._register("seller"), self._register("buyer")
+        self.ask("POST", "/faucet/claim", self.buyer, {})
+        child.send(signal.SIGTERM)
+        self.family.wait(lambda: not child.alive, START_SECONDS, "the template's end")
+        return folder / "escrow.db"
+
+    def _register(self, name: str) -> Account:
+        answer = self.ask("POST", "/agents", None, {"name": name})
+        return Account(answer["agent_id"], answer["api_key"])
+
+    def ask(self, method: str, path: str, account: Account | None, body: Any = None) -> Any:
+        """Asks the escrow itself, past the relay."""
+        fields = {"Authorization": f"Bearer {account.api_key}"} if account else {}
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports.escrow, timeout=5)
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, f"/api/v1{path}", text, fields)
+            answer = connection.getresponse()
+            return json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def _world(self, folder: Path, escrow_db: str) -> World:
+        links = self.ports.links
+        return World(
+            folder=folder,
+            escrow_db=escrow_db,
+            journal=str(folder / "journal.db"),
+            escrow_port=self.ports.escrow,
+            provider_ports=self.ports.workers,
+            shared_port=self.ports.shared,
+            escrow_from_provider=_url(links["provider-escrow"]),
+            escrow_seen=_url(links["buyer-escrow"]),
+            provider_seen=_url(links["buyer-provider"]),
+            seller_key="",
+            buyer_key="",
+            redeem_seconds=1,
+            durability="process",
+            read_seconds=1.0,
+            deposit="1.00",
+            mutant=self.mutant,
+        )
+
+    # One schedule.
+
+    def run(self, schedule: Schedule) -> Run:
+        """Runs a schedule from beginning to end."""
+        started = time.monotonic()
+        folder = self.folder / "now"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        run = Run(schedule, folder)
+        self.board.clear()
+        try:
+            Story(self, run, self._prepare(schedule, folder)).tell()
+        except Late as late:
+            run.problems.append(f"stuck: {late}")
+        finally:
+            self.family.forget_timers()
+            self.family.kill_all()
+        run.seconds = time.monotonic() - started
+        run.passed = [
+            self.board.hits(point, side) for point in range(len(POINTS)) for side in (0, 1)
+        ]
+        return run
+
+    def _prepare(self, schedule: Schedule, folder: Path) -> World:
+        shutil.copy(self.template, folder / "escrow.db")
+        world = self._world(folder, str(folder / "escrow.db"))
+        ports, seen = self.ports, {}
+        for link, name, port in (
+            ("buyer-provider", "provider_seen", ports.shared),
+            ("buyer-escrow", "escrow_seen", ports.escrow),
+            ("provider-escrow", "escrow_from_provider", ports.escrow),
+        ):
+            if link not in schedule.proxied:
+                seen[name] = _url(port)
+        return replace(
+            world,
+            **seen,  # type: ignore[arg-type]  # three URLs
+            seller_key=self.seller.api_key,
+            buyer_key=self.buyer.api_key,
+            redeem_seconds=schedule.redeem_seconds,
+            durability=schedule.durability,
+            read_seconds=schedule.read_seconds,
+            deposit=schedule.deposit,
+        )
+
+    def route(self, workers: int, faults: list[Fault]) -> None:
+        """Tells the relay where its links lead, and what to spoil."""
+        targets = {
+            "buyer-provider": list(self.ports.workers[:workers]),
+            "buyer-escrow": [self.ports.escrow],
+            "provider-escrow": [self.ports.escrow],
+        }
+        wanted = [fault.more for fault in faults if fault.family == "proxy"]
+        self._order(targets=targets, faults=wanted)
+
+    def spoiled(self, *, reset: bool) -> list[str]:
+        """Ends the relay's faults; returns those that have fired."""
+        return [f"{link} {kind}" for link, kind in self._order(faults=[], reset=reset)]
+
+
+class Story:
+    """How one schedule goes."""
+
+    def __init__(self, lane: Lane, run: Run, world: World) -> None:
+        self.lane, self.run, self.world = lane, run, world
+        self.board, self.family, self.schedule = lane.board, lane.family, run.schedule
+        self.family.on_end, self.family.on_tick = self._ended, self._tick
+        self.alive: dict[str, Child] = {}
+        self.began = time.monotonic()
+        self.failed_starts = 0
+        self.settling = self.over = False
+        self._slots: dict[int, Fault] = {}
+        self._pauses: dict[str, float] = {}
+        self._stalled: set[int] = set()
+        self.script_done = False
+
+    @property
+    def providers(self) -> list[str]:
+        return [f"provider{number}" for number in range(self.schedule.workers)]
+
+    def tell(self) -> None:
+        """From the first start to the last question."""
+        self.lane.route(self.schedule.workers, [])
+        if self.schedule.armed_at_start:
+            self._arm()
+        for name in ("escrow", *self.providers):
+            self._start(name)
+            self._await_ready(name)
+        self.lane.route(self.schedule.workers, self.schedule.faults)
+        if not self.schedule.armed_at_start:
+            self._arm()
+        self._break_in_time()
+        self._start("buyer")
+        self.family.wait(lambda: self.script_done, SCRIPT_SECONDS, "the script")
+        self.note("the script is done")
+        if self.schedule.gone:
+            self._let_provider_redeem()
+            self._pass_time(armed=True)
+        self._heal()
+        self._settle()
+        self._judge()
+
+    def _judge(self) -> None:
+        """Asks the oracle, in a process of its own: it may run an event loop."""
+        verdict = self.world.folder / "verdict.json"
+
+        def judge(_pipe: int) -> None:
+            parties = (self.lane.buyer.agent_id, self.lane.seller.agent_id)
+            verdict.write_text(json.dumps(oracle.judge(self.schedule, self.world, parties)))
+
+        child = self.family.fork("oracle", self.world.folder / "oracle.log", judge)
+        self.family.wait(lambda: not child.alive, SETTLE_SECONDS, "the oracle")
+        if child.status:
+            raise RuntimeError((self.world.folder / "oracle.log").read_text()[-2000:])
+        problems, self.run.figures = json.loads(verdict.read_text())
+        self.run.problems += problems
+
+    def note(self, event: str) -> None:
+        """Writes a line of the story's own log, with the seconds since its beginning."""
+        since = time.monotonic() - self.began
+        with (self.world.folder / "story.log").open("a") as log:
+            log.write(f"{since:7.3f} {event}\n")
+
+    # Starting and ending.
+
+    def _start(self, name: str) -> None:
+        work: Callable[[int], None]
+        if name == "escrow":
+            work = partial(process.escrow, self.world, self.board)
+        elif name == "buyer":
+            script = {"groups": self.schedule.groups}
+            work = partial(process.buyer, self.world, self.board, script=script)
+        else:
+            number = int(name.removeprefix("provider"))
+            work = partial(process.provider, self.world, self.board, worker=number)
+        log = self.world.folder / f"{name}.log"
+        self.note(f"start {name}")
+        self.alive[name] = self.family.fork(name, log, lambda pipe: work(ready=pipe))
+
+    def _await_ready(self, name: str) -> None:
+        def ready() -> bool:
+            child = self.alive.get(name)
+            return child is not None and bool(child.said)
+
+        self.family.wait(ready, START_SECONDS, f"the start of {name}")
+        self.note(f"{name} is ready")
+
+    def _ended(self, child: Child) -> None:
+        """Somebody died: starts it again after the pause its fault wants, unless that is all."""
+        if self.alive.get(child.name) is not child:
+            return
+        del self.alive[child.name]
+        self.note(f"{child.name} ended with {child.status}, after {child.seconds:.3f} s of work")
+        if child.name == "buyer":
+            self.script_done |= bool(child.said)
+        self._note_fired()
+        if self.over or (child.name == "buyer" and child.status == 0):
+            return
+        if child.status not in (-signal.SIGKILL, -signal.SIGTERM, 0):
+            self._died(child)
+        if child.name in self.providers and self.board.provider_gone:
+            return
+        pause = self._pauses.pop(child.name, RETRY_SECONDS)
+        self.family.after(0.0 if self.settling else pause, partial(self._again, child.name))
+
+    def _again(self, name: str) -> None:
+        if name not in self.alive and not self.over:
+            self._start(name)
+
+    def _died(self, child: Child) -> None:
+        """A process may refuse to start while something is broken, and nothing else."""
+        if child.said and child.name != "buyer":
+            self.run.problems.append(f"{child.name} ended by itself with {child.status}")
+        elif self.settling or child.name == "buyer":
+            self.failed_starts += 1
+            if self.failed_starts > STARTS_MAX:
+                raise Late(f"{child.name} does not start (status {child.status}); starting")
+
+    def _stop(self, names: list[str], number: signal.Signals) -> None:
+        """Ends processes for good."""
+        self.over = True
+        for name in names:
+            if name in self.alive:
+                self.alive[name].send(number)
+        self.family.wait(
+            lambda: not set(names) & set(self.alive), SETTLE_SECONDS, f"the end of {names}"
+        )
+        self.over = False
+
+    # Breaking.
+
+    def _arm(self) -> None:
+        for slot, fault in enumerate(self.schedule.faults):
+            if fault.family == "point":
+                self._slots[slot] = fault
+                armed = Armed(fault.point, fault.side, fault.nth, fault.action)
+                self.board.arm(slot, armed)
+
+    def _break_in_time(self) -> None:
+        for fault in self.schedule.faults:
+            act = getattr(self, f"_do_{fault.family}", None)
+            if act is not None:
+                self.family.after(fault.at, partial(act, fault))
+
+    def _victim(self, fault: Fault) -> Child | None:
+        name = fault.role
+        if name == "provider":
+            name = self.providers[int(fault.at * 1000) % len(self.providers)]
+        child = self.alive.get(name)
+        if child is not None:
+            self.run.fired.add(fault.label)
+            self.note(fault.label)
+        return child
+
+    def _do_kill(self, fault: Fault, number: signal.Signals = signal.SIGKILL) -> None:
+        child = self._victim(fault)
+        if child is not None:
+            self._pauses[child.name] = fault.after
+            child.send(number)
+
+    def _do_stop(self, fault: Fault) -> None:
+        self._do_kill(fault, signal.SIGTERM)
+
+    def _do_stall(self, fault: Fault) -> None:
+        child = self._victim(fault)
+        if child is not None:
+            child.send(signal.SIGSTOP)
+            self.family.after(fault.after, partial(child.send, signal.SIGCONT))
+
+    def _do_clock(self, fault: Fault) -> None:
+        seconds = (fault.more or {})["by"]
+        self.run.fired.add(fault.label)
+        self.board.shift(fault.role, seconds)
+        self.family.after(fault.after, partial(self.board.shift, fault.role, -seconds))
+
+    def _do_full(self, fault: Fault) -> None:
+        """No file of the process grows any more: what a full disk does to a database."""
+        child, path = self._victim(fault), self._file_of(fault.role)
+        if child is None or path is None:
+            return
+        sizes = [_size(Path(f"{path}{end}")) for end in ("", "-wal")]
+        most = max(*sizes, FILE_BYTES_LEAST)
+        _limit(child, most)
+        self.family.after(fault.after, partial(_limit, child, resource.RLIM_INFINITY))
+
+    def _do_locked(self, fault: Fault) -> None:
+        """Another process holds the database's write lock for a while."""
+        path = self._file_of(fault.role)
+        if path is None:
+            return
+        self.run.fired.add(fault.label)
+        log = self.world.folder / "locker.log"
+        self.family.fork("locker", log, lambda _: _hold_lock(path, fault.after))
+
+    def _file_of(self, role: str) -> Path | None:
+        places = {
+            "escrow": self.world.escrow_db,
+            "provider": self.world.journal,
+            "buyer": str(self.world.folder / "wallet.db"),
+        }
+        return None if "://" in places[role] else Path(places[role])
+
+    def _tick(self) -> None:
+        if "buyer" in self.alive and self.alive["buyer"].said:
+            self.script_done = True
+        self._note_fired()
+        if self.board.provider_gone and not self.settling:
+            for name in self.providers:
+                if name in self.alive:
+                    self.alive[name].send(signal.SIGKILL)
+
+    def _note_fired(self) -> None:
+        for slot, fault in self._slots.items():
+            if fault.label in self.run.fired or not self.board.fired(slot):
+                continue
+            self.run.fired.add(fault.label)
+            self.note(f"{fault.action.name} at {fault.label}")
+            names = self.providers if fault.role == "provider" else [fault.role]
+            for name in names:
+                self._pauses[name] = fault.after
+                child = self.alive.get(name)
+                if fault.action is Action.STALL and child is not None:
+                    self.family.after(fault.after, partial(child.send, signal.SIGCONT))
+
+    # Healing, and the end.
+
+    def _heal(self) -> None:
+        """Ends every fault; some are killed once more, so that they start from what they wrote."""
+        self.run.fired.update(self.lane.spoiled(reset=bool(self.schedule.restarts)))
+        self._note_fired()
+        self.board.disarm()
+        self.board.set_right()
+        self.board.provider_gone = False
+        self.family.forget_timers()
+        for child in self.family.children:
+            _limit(child, resource.RLIM_INFINITY)
+            child.send(signal.SIGCONT)
+        killed = [name for name in self.alive if name.rstrip("0123") in self.schedule.restarts]
+        self._stop(killed, signal.SIGKILL)
+        self.settling = True
+        for name in ("escrow", *self.providers, "buyer"):
+            if name not in self.alive:
+                self._start(name)
+        self.board.settling = True
+
+    def _settle(self) -> None:
+        for name in ("escrow", *self.providers):
+            self._await_ready(name)
+        self.family.wait(lambda: "buyer" not in self.alive, SETTLE_SECONDS, "the buyer's end")
+        self._stop(self.providers, signal.SIGTERM)
+        if self._owed():
+            self._let_provider_redeem()
+        self._pass_time(armed=False)
+        self._stop(["escrow"], signal.SIGKILL)
+        self.over = True
+
+    def _let_provider_redeem(self) -> None:
+        """One more life of the provider, long enough to hand in what is owed."""
+        self.board.provider_gone = False
+        for name in self.providers:
+            if name not in self.alive:
+                self._start(name)
+            self._await_ready(name)
+        deadline = time.monotonic() + 2.5
+        with contextlib.suppress(Late):
+            self.family.wait(lambda: not self._owed() or time.monotonic() > deadline, 3, "")
+        self._stop(self.providers, signal.SIGTERM)
+
+    def _owed(self) -> int:
+        query = (
+            "SELECT coalesce(sum(charged - max(redeemed, released)), 0) FROM sessions"
+            " WHERE charged > max(redeemed, released) AND written_off IS NULL"
+        )
+        connection = sqlite3.connect(self.world.journal)
+        try:
+            return int(connection.execute(query).fetchone()[0])
+        finally:
+            connection.close()
+
+    def _pass_time(self, *, armed: bool) -> None:
+        """Lets the time of closing sessions come, step by step, as if the service ran on."""
+        for _ in range(60):
+            closing = self._closing(armed=armed)
+            if not closing:
+                return
+            self.board.shift("escrow", STEP_SECONDS)
+            self._ask(armed, f"/changes?journal={closing[0]['journal']}&serial=0")
+
+    def _closing(self, *, armed: bool) -> list[dict[str, Any]]:
+        answer = self._ask(armed, "/escrow?role=provider&limit=100")
+        return [one for one in answer["items"] if one["status"] == "closing"]
+
+    def _ask(self, armed: bool, path: str) -> Any:
+        """Asks the escrow, again and again while it may still be killed."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                answer = self.lane.ask("GET", path, self.lane.seller)
+                if "items" in answer or "changes" in answer:
+                    return answer
+            except (OSError, ValueError, http.client.HTTPException):
+                pass
+            if time.monotonic() > deadline:
+                raise Late("an answer of the escrow")
+            self.family.wait(_once(), 1, "")
+
+
+def _once() -> Callable[[], bool]:
+    """False once, then true: one turn of the loop."""
+    turns: Iterator[bool] = iter((False, True))
+    return lambda: next(turns)
+
+
+def _url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _limit(child: Child, size: int) -> None:
+    if child.alive:
+        with contextlib.suppress(ProcessLookupError):
+            _, hard = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+def _hold_lock(path: Path, seconds: float) -> None:
+    connection = sqlite3.connect(path, timeout=1, isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    time.sleep(seconds)
+    os._exit(0)

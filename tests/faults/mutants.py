@@ -1,0 +1,131 @@
+"""Deliberate bugs, each of which the oracle must catch: the proof that the harness can fail.
+
+A mutant is patched into every process of a schedule when it begins. Each stands for a mistake that
+is easily made: a write that comes too late, an identity that is not kept, a sum for a maximum.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from x402mw.core.gate import Outcome
+from x402mw.escrow import idempotency, rules
+from x402mw.provider.journal import calls, opening, redemption, writer
+from x402mw.provider.journal.sqlite import SqliteStore
+from x402mw_client.flow import Payment
+from x402mw_client.walletfile import WalletFile
+
+
+def _answer_before_commit() -> None:
+    """The journal tells its callers before it has committed, and forgets every few batches."""
+    commit, batches = SqliteStore.commit, [0]
+
+    def careless(store: SqliteStore) -> None:
+        batches[0] += 1
+        if batches[0] % 20:
+            commit(store)
+        else:
+            store.connection.execute("ROLLBACK")
+
+    SqliteStore.commit = careless  # type: ignore[method-assign]
+
+
+def _forget_seq() -> None:
+    """A call is admitted whether or not its seq was seen before."""
+    lookup = calls.lookup
+
+    def forgetful(*given: Any, **named: Any) -> Any:
+        found = lookup(*given, **named)
+        return found if found is None or not isinstance(found.outcome, Outcome) else None
+
+    calls.lookup = forgetful
+
+
+def _settle_twice() -> None:
+    """A call that was settled can be settled again."""
+    calls._unsettled = lambda transaction, call: transaction.call(call.session, call.seq)
+
+
+def _leave_open() -> None:
+    """What a dead worker left open is left open."""
+    for module in (opening, writer):
+        module.recover = lambda *_: 0  # type: ignore[attr-defined]
+
+
+def _sign_anew() -> None:
+    """After a lost answer the buyer signs a new call instead of sending the same bytes."""
+    send_again = Payment._send_again
+
+    def careless(payment: Payment, answer: Any) -> Any:
+        yield from send_again(payment, answer)
+        payment.call = payment.form = None
+
+    Payment._send_again = careless  # type: ignore[method-assign]
+
+
+def _open_unnoted() -> None:
+    """The wallet asks for a session before it has remembered that it does."""
+    WalletFile.begin = lambda *_: None  # type: ignore[method-assign]
+
+
+def _ask_twice() -> None:
+    """The escrow does not remember what it did under an idempotency key."""
+
+    async def nothing(*_: Any) -> None:
+        return
+
+    idempotency.store = nothing
+
+
+def _pay_sums() -> None:
+    """A redemption adds to what was paid, instead of raising it to the total."""
+    redeem = rules.redeem
+
+    def adding(escrow: Any, proven: Any) -> Any:
+        return redeem(escrow, min(escrow.amount, escrow.released + proven))
+
+    rules.redeem = adding
+
+
+def _charge_undelivered() -> None:
+    """A call that was never answered is charged in full when its worker is dead."""
+    calls._marked = lambda transaction, row: (row.amount, 0)
+
+
+def _send_unnoted() -> None:
+    """The redeemer sends what it has not written down as sent."""
+    redemption._send = lambda transaction, row: redemption.Item(
+        row.id, row.journal, row.voucher, row.account.charged, final=redemption._may_close(row)
+    )
+
+
+def _forget_holds() -> None:
+    """The wallet does not remember a call before its voucher leaves."""
+    hold = WalletFile.hold
+
+    def careless(file: WalletFile, *given: Any, **named: Any) -> bool:
+        return hold(file, *given, **named) if os.getpid() % 2 else True
+
+    WalletFile.hold = careless  # type: ignore[method-assign]
+
+
+_BUGS: dict[str, Callable[[], None]] = {
+    "answer-before-commit": _answer_before_commit,
+    "forget-seq": _forget_seq,
+    "settle-twice": _settle_twice,
+    "leave-open": _leave_open,
+    "sign-anew": _sign_anew,
+    "open-unnoted": _open_unnoted,
+    "ask-twice": _ask_twice,
+    "pay-sums": _pay_sums,
+    "charge-undelivered": _charge_undelivered,
+    "send-unnoted": _send_unnoted,
+    "forget-holds": _forget_holds,
+}
+MUTANTS = tuple(_BUGS)
+
+
+def apply(name: str) -> None:
+    """Patches a bug into this process, if one is named."""
+    if name:
+        _BUGS[name]()
