@@ -1,4 +1,4 @@
-"""The command line: `x402mw escrow ...`, `x402mw register`, `x402mw demo`.
+"""The command line: `x402mw escrow ...`, `x402mw register`, `x402mw doctor`, `x402mw demo`.
 
 A composition root: it reads options and the environment and wires the parts, which are imported
 inside the commands, so that `x402mw --help` works whatever extras are installed.
@@ -24,6 +24,7 @@ from x402mw.escrow.settings import LOCAL_PROXIES, NETWORK, Settings
 from x402mw.telemetry.logs import LogFormat, LogLevel, configure
 
 if TYPE_CHECKING:
+    from x402mw.doctor.examination import Diagnosis
     from x402mw.escrow.ledger import Ledger
 
 ROOT_KEY_VARIABLE = "X402MW_ROOT_KEY"
@@ -233,6 +234,45 @@ def register(
     typer.echo("X402MW_JOURNAL=x402mw-journal.db")
     typer.echo("X402MW_ORIGINS=http://127.0.0.1:8402")
     typer.echo(f"X402MW_ESCROW_ROOT={keys['root_key']}")
+
+
+@app.command()
+def doctor(
+    url: Annotated[str, typer.Argument(help="A priced URL, as buyers call it.")],
+    *,
+    method: Annotated[str, typer.Option(help="The method that is sold there.")] = "GET",
+    escrow_root: Annotated[
+        str | None, typer.Option(help="The root key that its escrow should have.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Examine a provider without paying: proxies, headers, clocks, escrow.
+
+    Exit status 0: fine. 1: problems. 2: unreachable, or nothing of ours.
+    """
+    import json
+
+    import httpx
+    from rich.console import Console
+
+    from x402mw.doctor.examination import examine
+    from x402mw.doctor.report import show
+
+    async def run() -> "Diagnosis":
+        async with httpx.AsyncClient(trust_env=url.startswith("https:")) as http:
+            return await examine(
+                url, http, time.time, method=method.upper(), escrow_root=escrow_root
+            )
+
+    try:
+        diagnosis = asyncio.run(run())
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        _fail(f"{url} is no URL that can be asked: {error}")
+    if as_json:
+        typer.echo(json.dumps(diagnosis.as_json(), indent=2))
+    else:
+        show(diagnosis, Console())
+    raise typer.Exit(diagnosis.verdict.status)
 
 
 @app.command()

@@ -36,11 +36,12 @@ class Provider:
     """Who sells: an account at an escrow, and a journal that is its book.
 
     `escrow` is the escrow's URL, `api_key` the account's bearer secret. `journal` is a file path or
-    a `postgresql://` URL; all workers behind one address share one. `origins` are the addresses buyers use
-    ("https://api.example.com"); a loopback address needs none. `escrow_root` pins the escrow's root
-    key (base64url); without it the first one seen is pinned. `durability` "fsync" survives power
-    loss, "process" only the loss of the process. At most `unredeemed_max` (display units) is served
-    on credit while the escrow is away. `telemetry` takes figures (`docs/operations.md`).
+    a `postgresql://` URL; all workers behind one address share one. `origins` are the addresses
+    buyers use ("https://api.example.com"); a loopback address needs none. `escrow_root` pins the
+    escrow's root key (base64url); without it the first one seen is pinned. `durability` "fsync"
+    survives power loss, "process" only the loss of the process. At most `unredeemed_max` (display
+    units) is served on credit while the escrow is away. `telemetry` takes figures
+    (`docs/operations.md`).
     """
 
     def __init__(
