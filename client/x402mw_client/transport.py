@@ -1,11 +1,14 @@
 """The transports that pay: put one into an `httpx` client, and priced requests are paid for."""
 
+import asyncio
+
 import httpx
 
 from x402mw_client.bodies import read_request, read_request_async
 from x402mw_client.closing import close_all
 from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.flow import Payment, fetch
+from x402mw_client.pools import CALLS_AT_ONCE, SmallPools
 from x402mw_client.steps import origin_of
 from x402mw_client.wallet import Wallet
 
@@ -28,8 +31,8 @@ class PaymentTransport(httpx.AsyncBaseTransport):
     `httpx.AsyncClient(transport=PaymentTransport(wallet))`. When it is closed it closes the
     wallet's sessions, so that their rest returns, unless `keep_sessions`. `inner` must not retry by
     itself; the default one uses no proxy of the environment. The cost of a call is in
-    `response.extensions["x402mw_payment"]` (`Paid`), of a streamed one once its body has ended. For
-    asyncio.
+    `response.extensions["x402mw_payment"]` (`Paid`), of a streamed one once its body has ended. Of
+    more than `calls_at_once` calls the rest wait until answers have begun. For asyncio.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class PaymentTransport(httpx.AsyncBaseTransport):
         inner: httpx.AsyncBaseTransport | None = None,
         *,
         keep_sessions: bool = False,
+        calls_at_once: int = CALLS_AT_ONCE,
     ) -> None:
         self._wallet = wallet
-        self._inner = inner or httpx.AsyncHTTPTransport()
+        self._inner = inner or SmallPools()
+        self._turns = asyncio.Semaphore(calls_at_once)
         self._escrow = wallet.async_escrow()
         self._driver = AsyncDriver(self._inner, self._escrow, wallet.state.signal)
         self._keep_sessions = keep_sessions
@@ -52,7 +57,8 @@ class PaymentTransport(httpx.AsyncBaseTransport):
         wallet = self._wallet.state
         with wallet.events.following(origin_of(request.url)):
             outgoing = await read_request_async(request, wallet.buffer_limit)
-            return await self._driver.run(fetch(wallet, outgoing), outgoing)
+            async with self._turns:
+                return await self._driver.run(fetch(wallet, outgoing), outgoing)
 
     async def resume(self, payment: Payment) -> httpx.Response:
         """Carries on a payment whose outcome was unknown (`PaymentHandle.resume`)."""
