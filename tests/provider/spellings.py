@@ -185,6 +185,8 @@ def _edges(path: str) -> Iterator[str]:
     yield from (path + tail for tail in TAILS)
     yield from (head + path for head in HEADS)
     yield from (authority + path for authority in AUTHORITIES)
+    # A mount takes these for its own: "$" matches before the newline, and its prefix grows a slash.
+    yield from (f"/{path}{tail}" for tail in ("%0a", "%0a%0a", "%0d%0a", "%0a/", "/%0a"))
     yield from (path + path, path * 300, "/x" * 200 + "/.." * 200 + path, "*", "", "/", "?", "#")
 
 

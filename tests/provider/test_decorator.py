@@ -286,6 +286,22 @@ async def test_a_paid_call_is_one_only_within_itself(tmp_path):
             await slow(None)
 
 
+async def test_outer_middleware_sees_the_route_of_a_paid_request(tmp_path):
+    """Tracing that stands in front learns the endpoint and its parameters, paid or not."""
+    seen: list[Any] = []
+    app = Starlette(routes=[Route("/page/{name}", page)])
+    async with selling(app, {}, tmp_path) as shop:
+        inner = shop.app
+
+        async def tracing(scope: Any, receive: Any, send: Any) -> None:
+            await inner(scope, receive, send)
+            seen.append((scope.get("path_params"), scope["headers"][-1][0], scope["state"]))
+
+        shop.app = tracing
+        assert (await paid(shop, "GET", "/page/x", "/page/{name}"))[0] == 200
+    assert seen == [({"name": "x"}, b"payment-signature", {})]
+
+
 async def test_handlers_that_yield_give_all_their_parts(tmp_path):
     """A handler that is a generator, async or plain, gives all of its parts when paid for."""
 

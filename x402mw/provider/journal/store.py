@@ -34,6 +34,16 @@ class CommitUnknown(StoreFailed):
         self.ticket = ticket
 
 
+_STORABLE = {int, str, bytes, type(None)}
+
+
+def check_types(values: Iterable[Values]) -> None:
+    """Raises `RowRefused` for what databases would round, each in its own way."""
+    for row in values:
+        if not _STORABLE.issuperset(map(type, row)):
+            raise RowRefused(f"a row holds what is no integer, text or bytes: {row!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A table whose rows a transaction holds in memory. Key columns come first.

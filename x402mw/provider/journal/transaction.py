@@ -14,7 +14,7 @@ from x402mw.core.gate import Outcome
 from x402mw.provider.journal import rows
 from x402mw.provider.journal.rows import CallRow, Meter, SessionRow, Totals
 from x402mw.provider.journal.shared import Shared
-from x402mw.provider.journal.store import Store, Values
+from x402mw.provider.journal.store import Store, Values, check_types
 
 OLDEST_AT_ONCE = 64
 
@@ -178,6 +178,7 @@ class Transaction:
             (rows.OUTCOMES, self._new_outcomes),
         ):
             if new:
+                check_types(new)
                 self._store.write_rows(table, new)
                 self._changed = True
         self._new_sessions, self._new_calls, self._new_meters = {}, {}, {}

@@ -155,7 +155,7 @@ class Writer:
                 self._leave()
         except BaseException as error:
             if opened.done():
-                log.exception("the journal's writer ended")
+                log.exception("the journal's writer ended", extra={"event": "writer_ended"})
             else:
                 opened.set_exception(error)
 
@@ -164,7 +164,8 @@ class Writer:
         check_totals(self._store)
         self.leads = self._store.lead()
         if settled:
-            log.warning("settled %d calls that a former process left open", settled)
+            more = {"event": "calls_recovered", "count": settled}
+            log.warning("settled %d calls that a former process left open", settled, extra=more)
 
     def _leave(self) -> None:
         try:
@@ -272,7 +273,8 @@ class Writer:
             try:
                 return self._store.committed(ticket)
             except Exception as error:
-                log.warning("a commit is in doubt: %s", self._store.explain(error))
+                more = {"event": "commit_in_doubt"}
+                log.warning("a commit is in doubt: %s", self._store.explain(error), extra=more)
                 if time.monotonic() >= until:
                     self._doubt = ticket, jobs
                     return False
