@@ -127,6 +127,13 @@ def paid_scope(scope: Scope, payment: Any) -> Scope:
     return {**scope, "headers": kept, "extensions": extensions, "state": state}
 
 
+def show_route(scope: Scope, paid: Scope) -> None:
+    """Shows outer middleware where the app's router led a paid request, as without a payment."""
+    for name in ("endpoint", "path_params", "route"):
+        if name in paid:
+            scope[name] = paid[name]
+
+
 async def read_body(receive: Receive, bytes_max: int) -> tuple[bytes, bytes]:
     """Returns the request body and its SHA-256, as vouchers bind it.
 

@@ -79,10 +79,11 @@ class PaidCall:
 
     async def _run(self, app: ASGIApp, receive: Receive) -> None:
         self.limit = asyncio.timeout(self.served.route.options.timeout_seconds)
+        scope = request.paid_scope(self.scope, self.payment)
         paying = PAYING.set(True)
         try:
             async with self.limit:
-                await app(request.paid_scope(self.scope, self.payment), receive, self.on_message)
+                await app(scope, receive, self.on_message)
         except BaseException as error:
             answered = await self._end(tell=isinstance(error, Exception))
             if not answered or not (self.limit.expired() or self.unavailable):
@@ -93,6 +94,7 @@ class PaidCall:
             await self._end(tell=True)
         finally:
             PAYING.reset(paying)
+            request.show_route(self.scope, scope)
 
     async def on_message(self, message: Message) -> None:
         """Takes one message of the app's answer."""
