@@ -62,6 +62,21 @@ async def test_every_outcome_of_a_request_is_counted_once(desk, figures, tmp_pat
     assert told(caplog) == ["session_first_seen", "charged", "replayed", "replayed", "refused"]
 
 
+async def test_what_falls_under_no_price_is_counted_without_its_path(desk, figures, tmp_path):
+    """Wrong methods, odd spellings and payments for free paths: by reason, never by path."""
+    async with selling(Handler(), PRICES, tmp_path, desk=desk) as shop:
+        await shop.call("POST", "/quote/x")
+        await shop.call("GET", "/QUOTE/x")
+        await shop.call("GET", "/free", [(b"payment-signature", b"junk")])
+        await shop.call("GET", "/free")
+    assert figures.sums == {
+        ("provider.requests", "-", "refused"): 3,
+        ("provider.refusals", "-", "method"): 1,
+        ("provider.refusals", "-", "not_found"): 1,
+        ("provider.refusals", "-", "not_priced"): 1,
+    }
+
+
 async def test_gauges_tell_how_things_stand_until_the_stop(desk, figures, tmp_path):
     """Open calls, value not yet redeemed, lag and the escrow's absence; nothing after the stop."""
     seen: list[dict[str, float]] = []

@@ -188,27 +188,40 @@ class PaymentMiddleware:
             await self._sold(None, scope, receive, send)
         elif path == self._control_path:
             allow = [(b"allow", b"POST")]
-            await answers.send_problem(
-                scope, send, 405, "method", "control takes POST", found=allow
-            )
+            await self._send_problem(scope, send, 405, "method", "control takes POST", found=allow)
         elif isinstance(found, PricedRoute):
             await self._sold(found, scope, receive, send)
         elif found is Miss.METHOD:
-            await answers.send_problem(
+            await self._send_problem(
                 scope, send, 405, "method", "this path is not sold with this method"
             )
         elif found is Miss.LENGTH:
-            await answers.send_problem(
+            await self._send_problem(
                 scope, send, 414, "path_too_long", "no path that is sold here is that long"
             )
         elif found is Miss.SPELLING:
-            await answers.send_problem(scope, send, 404, "not_found", "there is no such path")
+            await self._send_problem(scope, send, 404, "not_found", "there is no such path")
         elif request.payment_headers(scope):
-            await answers.send_problem(
+            await self._send_problem(
                 scope, send, 409, "not_priced", "this path has no price: send it without payment"
             )
         else:
             await self.app(scope, receive, send)
+
+    async def _send_problem(
+        self,
+        scope: Scope,
+        send: Send,
+        status: int,
+        code: str,
+        detail: str,
+        *,
+        found: answers.Headers | None = None,
+    ) -> None:
+        """Refuses what falls under no price, though something near it is sold."""
+        if self._service is not None:
+            self._service.events.refused(None, status, code)
+        await answers.send_problem(scope, send, status, code, detail, found=found)
 
     async def _sold(
         self, route: PricedRoute | None, scope: Scope, receive: Receive, send: Send
