@@ -16,7 +16,7 @@ from tests.simulation.loop import Killed, Process
 from tests.simulation.oracle import Asked
 from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import PaymentOutcomeUnknown, X402mwError
-from x402mw_client.closing import close_all, close_session, resolve_doubts
+from x402mw_client.closing import close_all, close_session
 from x402mw_client.limits import Limits
 from x402mw_client.sessions import State
 
@@ -161,7 +161,7 @@ class Life:
                 return
 
     async def _doubts(self) -> None:
-        await self.run(resolve_doubts(self.wallet.state, self.party.clock()))
+        await self.run(wallets.resolve_doubts(self.wallet.state, self.party.clock()))
 
     async def settle_down(self, *, close: bool) -> None:
         """Finds out what is unknown, and closes everything."""

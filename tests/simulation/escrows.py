@@ -164,6 +164,13 @@ def read_books(path: Path) -> Ledgered:
         return Ledgered(escrows, balances)
 
 
+def count_topups(path: Path) -> dict[str, int]:
+    """How often each session was topped up."""
+    with closing(sqlite3.connect(path)) as connection:
+        query = "SELECT escrow_id, count(*) FROM entries WHERE kind = 'top_up' GROUP BY escrow_id"
+        return dict(connection.execute(query).fetchall())
+
+
 def read_postings(path: Path) -> list[tuple[str, str, int]]:
     """Every movement of money there ever was: from, to, how much."""
     with closing(sqlite3.connect(path)) as connection:

@@ -190,3 +190,10 @@ def read_journal(path: Path) -> tuple[dict[bytes, Row], list[CallRow]]:
             "SELECT session, seq, amount, state, charge, used, terms FROM calls"
         )
         return rows, [CallRow(*row) for row in calls]
+
+
+def count_replaced(path: Path) -> int:
+    """How many ids this journal has given up: each time it was found to be a restored backup."""
+    with closing(sqlite3.connect(path)) as connection:
+        query = "SELECT count(*) FROM journals WHERE replaced = 1"
+        return int(connection.execute(query).fetchone()[0])

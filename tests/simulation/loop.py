@@ -44,11 +44,15 @@ class SimLoop(asyncio.BaseEventLoop):
         """Seconds since the world began."""
         return self.moment
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:
+    def call_soon_threadsafe(  # type: ignore[override]  # the types of its arguments do not matter
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
         """There is one thread."""
         return self.call_soon(callback, *args, context=context)
 
-    def run_in_executor(self, _executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]  # likewise
+        self, _executor: Any, func: Any, *args: Any
+    ) -> Any:
         """What would go to a thread is done at once."""
         future = self.create_future()
         try:
@@ -137,7 +141,7 @@ class Process:
 
     def _note_error(self, task: "asyncio.Task[Any]") -> None:
         error = None if task.cancelled() else task.exception()
-        if error is not None and self.alive and not isinstance(error, Killed):
+        if error is not None and self.alive and not isinstance(error, (Killed, OSError)):
             where = "".join(traceback.format_exception(error)[-4:])
             self.loop.errors.append(f"{self.name}: {where}")
 

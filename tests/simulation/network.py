@@ -5,8 +5,11 @@ what a sender that is dead by now has sent still arrives.
 """
 
 import asyncio
+import base64
+import json
 import random
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,6 +20,9 @@ from tests.simulation.loop import Process, SimLoop, check_alive
 from tests.simulation.oracle import seq_of
 
 READ_SECONDS = 30.0
+REASON_PREFIX = "invalid_batch_settlement_escrow_"
+EXPECTED = (RuntimeError, OSError)
+"""What handlers raise here, and what a failing disk does."""
 BROKEN: Final = object()
 END: Final = object()
 App = Callable[[Any, Any, Any], Any]
@@ -62,6 +68,7 @@ class Exchange:
         self.free_at = 0.0
         self.begun = self.done = self.silent = self.mute = False
         self.cut_after: int | None = None
+        self.here = ""
         self.received = False
 
     # The server's end.
@@ -73,6 +80,8 @@ class Exchange:
             await app(self._scope(), self._receive, self._send)
         except Exception as error:
             self.network.note("server_error", process.name, repr(error))
+            if process.alive and not isinstance(error, EXPECTED):
+                self.network.surprises.append(f"{process.name} answered with {error!r}")
         if not self.done:
             self._reset()
 
@@ -190,6 +199,8 @@ class Network:
         self.hosts: dict[str, Host] = {}
         self.weather = Weather()
         self.parted: set[frozenset[str]] = set()
+        self.tracing = False
+        self.surprises: list[str] = []
         self.taps: list[Callable[[str, httpx.Request], None]] = []
         self.context = Context()
 
@@ -220,34 +231,39 @@ class Network:
             raise httpx.ConnectError("nobody listens", request=request)
         for tap in self.taps:
             tap(here, request)
-        weather, chance = self.weather, self.rng.random
+        if self.tracing:
+            self._trace(here, request, "->")
         exchange = Exchange(self, request, body)
-        if chance() < weather.garbage:
+        exchange.here = here
+        if self.rng.random() < self.weather.garbage:
             await asyncio.sleep(self.delay())
             self.note("fault", "garbage")
             return self._garbage(request)
-        if chance() < weather.lose_request:
-            self.note("fault", "lost request")
-        else:
-            self._deliver(exchange, host)
-            if chance() < weather.double:
-                self.note("fault", "doubled request")
-                self._deliver(self._shadow(request, body), host, self.rng.uniform(0.0, 0.2))
-            if chance() < weather.late_double:
-                self.note("fault", "late double")
-                self._deliver(self._shadow(request, body), host, self.rng.uniform(1, 500))
-            if chance() < weather.lose_answer:
-                self.note("fault", "lost answer")
-                exchange.silent = True
-            elif chance() < weather.cut:
-                self.note("fault", "cut answer")
-                exchange.cut_after = self.rng.randrange(0, 30)
+        self._post(exchange, host)
         return await self._answer(exchange, request)
 
-    def _shadow(self, request: httpx.Request, body: bytes) -> Exchange:
-        shadow = Exchange(self, request, body)
-        shadow.silent = True
-        return shadow
+    def _post(self, exchange: Exchange, host: Host) -> None:
+        """Sends a request on its way, in whatever weather there is."""
+        weather, chance = self.weather, self.rng.random
+        if chance() < weather.lose_request:
+            self.note("fault", "lost request")
+            return
+        self._deliver(exchange, host)
+        for likely, what, latest in (
+            (weather.double, "doubled request", 0.2),
+            (weather.late_double, "late double", 500),
+        ):
+            if chance() < likely:
+                self.note("fault", what)
+                shadow = Exchange(self, exchange.request, exchange.body)
+                shadow.silent = True
+                self._deliver(shadow, host, self.rng.uniform(0, latest))
+        if chance() < weather.lose_answer:
+            self.note("fault", "lost answer")
+            exchange.silent = True
+        elif chance() < weather.cut:
+            self.note("fault", "cut answer")
+            exchange.cut_after = self.rng.randrange(0, 30)
 
     def _deliver(self, exchange: Exchange, host: Host, after: float = 0.0) -> None:
         def arrive() -> None:
@@ -273,7 +289,26 @@ class Network:
         except BaseException:
             exchange.leave()
             raise
+        if status >= 400:
+            self._count_refusal(found)
+        if self.tracing:
+            self._trace(exchange.here, request, f"<- {status}")
         return httpx.Response(status, headers=found, stream=Stream(exchange), request=request)
+
+    def _count_refusal(self, found: Any) -> None:
+        """Counts the reasons of refusals, to see that each of them really came up."""
+        for name, value in found:
+            if name == b"payment-response":
+                with suppress(ValueError):
+                    reason = json.loads(base64.b64decode(value)).get("errorReason", "")
+                    if reason:
+                        self.note("refused", reason.removeprefix(REASON_PREFIX))
+
+    def _trace(self, here: str, request: httpx.Request, what: str) -> None:
+        session, seq = seq_of(request)
+        paid = f"{session[-6:]} seq {seq}" if seq else ""
+        call = request.headers.get("x-call", "")
+        self.note(what, here, request.method, str(request.url), call, paid)
 
     def _garbage(self, request: httpx.Request) -> httpx.Response:
         """What a proxy in between may say."""

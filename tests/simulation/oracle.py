@@ -7,6 +7,7 @@ that with the books. It knows the voucher's layout from `docs/protocol.md`, not 
 import base64
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,10 +58,12 @@ class Oracle:
     """The record of one seed."""
 
     def __init__(self) -> None:
+        self.note: Callable[..., None] = lambda *_: None
         self.runs: list[Run] = []
         self.by_call: dict[str, list[Run]] = defaultdict(list)
         self.asked: dict[str, Asked] = {}
         self.signed: dict[str, Signed] = defaultdict(Signed)
+        self.locks: dict[str, set[str]] = defaultdict(set)
         self.by_hand: dict[str, int] = defaultdict(int)
         self.problems: list[str] = []
         self.counts: Counter[str] = Counter()
@@ -76,6 +79,7 @@ class Oracle:
 
     def begin(self, run: Run) -> Run:
         """A handler starts to run."""
+        self.note("run", run.provider, run.call, f"seq {run.seq}", run.session)
         self.runs.append(run)
         self.by_call[run.call].append(run)
         return run
@@ -100,6 +104,14 @@ class Oracle:
         if signed.by == here:
             signed.most = max(signed.most, int.from_bytes(raw[72:80], "big"))
             signed.forms[seq].add(raw[:112])
+
+    def tap_escrow(self, _here: str, request: httpx.Request) -> None:
+        """Notes what buyers ask to lock: each idempotency key once, however often it is sent."""
+        key, path = request.headers.get("Idempotency-Key"), request.url.path
+        if key is None or not path.endswith(("/escrow", "/topup")):
+            return
+        session = path.split("/")[-2] if path.endswith("/topup") else ""
+        self.locks[session or request.headers["Authorization"]].add(key)
 
     def check_answer(self, asked: Asked, answer: httpx.Response) -> None:
         """What a caller was given for its money is the work of its own handler."""

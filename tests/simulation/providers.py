@@ -162,7 +162,7 @@ class ProviderParty:
 
     def _safe(self, run: Any) -> bool:
         """Whether a run had come to its end long enough ago to be settled in the journal."""
-        return run.ended and self.world.loop.time() - run.at > 60
+        return bool(run.ended and self.world.loop.time() - run.at > 60)
 
     def look(self) -> None:
         """Notes the calls that its journal remembers now."""

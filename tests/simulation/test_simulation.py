@@ -11,7 +11,7 @@ from tests.simulation.runner import quietly, run_seed
 from tests.simulation.world import OPERATIONS
 
 LONG = bool(os.environ.get("X402MW_LONG"))
-SEEDS = range(1, 201 if LONG else 13)
+SEEDS = range(1, 201 if LONG else 21)
 REGRESSIONS: tuple[int, ...] = ()
 """Seeds that once found something."""
 

@@ -71,6 +71,7 @@ class GreedyBuyer:
         self.process = Process(world.loop, name)
         self.escrow = wallets.escrow_client(world.network, name, escrows.URL, account.api_key)
         self.sessions: dict[str, Loot] = {}
+        self.opened: set[str] = set()
         self.seen: list[tuple[httpx.Request, str]] = []
         self.calls = 0
         world.network.taps.append(self._listen)
@@ -116,6 +117,7 @@ class GreedyBuyer:
         )
         loot = Loot(record.session, seed, record.token or "", accepts["payTo"], accepts)
         self.sessions[provider.name] = loot
+        self.opened.add(ids.format_id(ids.ESCROW, loot.id))
         return loot
 
     async def _offer(self, provider: Any, work: Work) -> dict[str, Any]:
@@ -192,7 +194,7 @@ class GreedyBuyer:
             content=work.body,
             extensions={"timeout": {"read": 20.0}},
         )
-        answer = await self.world.network.send(self.name, request)
+        answer: httpx.Response = await self.world.network.send(self.name, request)
         await answer.aread()
         self.world.oracle.count(f"thief told {answer.status_code}")
         return answer
@@ -274,7 +276,7 @@ class GreedyBuyer:
     async def _steal(self, _provider: Any) -> None:
         """What another buyer has sent, sent again."""
         request, _ = self.rng.choice(self.seen)
-        body = b"".join([part async for part in request.stream])  # type: ignore[union-attr]
+        body = b"".join([part async for part in request.stream])
         again = httpx.Request(request.method, request.url, headers=request.headers, content=body)
         answer = await self.world.network.send(self.name, again)
         await answer.aread()
@@ -305,9 +307,8 @@ class GreedyBuyer:
             lambda: self.escrow.changes(0, journal, 2**62),
             lambda: self.escrow.topup(loot.id, Atomic(2**62)),
         ]
-        mine = {ids.format_id(ids.ESCROW, one.id) for one in self.sessions.values()}
         number = self.rng.randrange(len(tries))
-        if number == 3 and ids.format_id(ids.ESCROW, victim) in mine:
+        if number == 3 and ids.format_id(ids.ESCROW, victim) in self.opened:
             self.world.oracle.by_hand[ids.format_id(ids.ESCROW, victim)] = DEPOSIT
         await tries[number]()
 

@@ -22,6 +22,11 @@ from x402mw_client.transport import PaymentTransport
 from x402mw_client.wallet import Wallet
 from x402mw_client.walletfile import WalletFile
 
+try:
+    from x402mw_client.control import resolve_doubts as resolve_doubts
+except ImportError:
+    from x402mw_client.closing import resolve_doubts as resolve_doubts
+
 POLL_SECONDS = 0.5
 
 

@@ -69,7 +69,10 @@ class World:
         self.quiet = self.over = False
         self.works: dict[str, Work] = {}
         self.network = Network(self.loop, random.Random(f"network {seed}"), self.note)
+        self.network.tracing = trace
+        self.oracle.note = self.note
         self.network.taps.append(self.oracle.tap)
+        self.network.taps.append(self.oracle.tap_escrow)
         self.network.taps.append(self._count_escrow)
         self.escrow = EscrowParty(self.loop, self.network, folder, Clock(self.loop.time))
         self.providers: list[ProviderParty] = []
@@ -82,8 +85,8 @@ class World:
 
     def note(self, *words: Any) -> None:
         """Writes a line of the trace."""
-        if words[0] == "fault":
-            self.oracle.count(f"fault: {words[1]}")
+        if words[0] in ("fault", "refused"):
+            self.oracle.count(f"{words[0]}: {words[1]}")
         if self.tracing:
             self.trace.append(f"{self.loop.time():9.3f}  " + "  ".join(map(str, words)))
 
@@ -165,13 +168,14 @@ class World:
             self.buyers.append(BuyerParty(self, name, account, self.folder))
         for provider in self.providers:
             provider.start()
-        if self.rng.random() < 0.4:
+        if self.rng.random() < 0.5:
             account = await self.escrow.new_agent("thief", 20 * 10**6)
             self.thieves.append(GreedyBuyer(self, "thief", account))
         await asyncio.sleep(2)
         actors = sum(buyer.actors * buyer.size for buyer in self.buyers)
         self.gap = actors * self.rng.choice((60, 120, 300, 300, 700)) / self.target
-        for party in (*self.buyers, *self.thieves):
+        parties: list[Any] = [*self.buyers, *self.thieves]
+        for party in parties:
             party.start()
 
     async def _monitor(self) -> None:
@@ -195,12 +199,13 @@ class World:
         self.network.weather = CALM
         self.network.parted.clear()
         self.escrow.crash = ""
-        for party in (*self.providers, *self.buyers):
+        parties: list[Any] = [*self.providers, *self.buyers]
+        for party in parties:
             party.disk.full, party.disk.crash = False, ""
         await asyncio.sleep(25)
         if not self.escrow.up:
             await self.escrow.start()
-        for party in (*self.providers, *self.buyers):
+        for party in parties:
             party.clock.offset = self.escrow.clock.offset
         await asyncio.sleep(SETTLE_SECONDS)
         self._look()
@@ -267,6 +272,7 @@ def _simulate(seed: int, folder: Path, *, operations: int, trace: bool) -> Repor
     finally:
         world.tracing = False
         world.loop.end()
+    problems += world.network.surprises
     problems += [f"unforeseen: {error}" for error in world.loop.errors]
     return Report(
         seed=seed,
