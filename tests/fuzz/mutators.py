@@ -228,6 +228,14 @@ def write_base64(raw: bytes, draw: Random, *, url: bool = False) -> bytes:
     return flip(text, draw) if act == 4 else text
 
 
+def respell_base64(text: bytes, draw: Random) -> bytes:
+    """Changes the last letter, whose low bits may stand for nothing, or the end behind it."""
+    if not draw.randrange(3):
+        return text + draw.choice((b"=", b"==", b"A", b"\n", b" "))
+    alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    return text[:-1] + bytes([draw.choice(alphabet)])
+
+
 def read_base64(text: bytes) -> bytes | None:
     """What base64 of either alphabet stands for, or None."""
     try:

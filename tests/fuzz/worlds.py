@@ -13,6 +13,7 @@ from tests.fuzz.mutators import (
     flip,
     read_base64,
     read_json,
+    respell_base64,
     write_base64,
     write_json,
 )
@@ -56,7 +57,8 @@ def bend_token(text: bytes, draw: Random) -> bytes:
         return flip(text, draw)
     if act == 1:
         at = draw.randrange(3)
-        parts[at] = write_base64(flip(raw[at] or b"", draw), draw, url=True)
+        bent = write_base64(flip(raw[at] or b"", draw), draw, url=True)
+        parts[at] = draw.choice((bent, respell_base64(parts[at], draw)))
         return b".".join(parts)
     header, claims = read_json(raw[0] or b""), read_json(raw[1] or b"")
     if not isinstance(header, dict) or claims is None:
@@ -92,7 +94,8 @@ def bend_voucher(wire: bytes, draw: Random) -> bytes:
     if act == 0:
         return flip(wire, draw)
     if act == 1:
-        return write_base64(flip(raw, draw), draw, url=True)
+        bent = write_base64(flip(raw, draw), draw, url=True)
+        return draw.choice((bent, respell_base64(wire, draw)))
     fields = list(LAYOUT.unpack(raw[: vouchers.VOUCHER_BYTES]))
     at = draw.randrange(len(fields))
     if isinstance(fields[at], int):
