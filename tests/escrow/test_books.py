@@ -77,6 +77,7 @@ class Stranger:
                 shared_server().execute(statement, database_name(self.url))
             return
         with closing(sqlite3.connect(self.url, isolation_level=None)) as connection:
+            connection.execute("PRAGMA foreign_keys = ON")
             for statement in statements:
                 connection.execute(statement)
 
@@ -122,6 +123,23 @@ def test_the_books_cannot_be_replaced(stranger: Stranger, table: str) -> None:
         change = f"TRUNCATE {table} CASCADE"
     with pytest.raises(Stranger.REFUSALS, match="append-only"):
         stranger.run(change)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO postings VALUES ('faucet', 'nobody', 1, 9, 1)",
+        "INSERT INTO postings VALUES ('nobody', 'faucet', 1, 9, 1)",
+        "INSERT INTO postings VALUES ('faucet', 'world', 99, 9, 1)",
+        "DELETE FROM accounts WHERE account LIKE 'escrow:%'",
+        "UPDATE accounts SET account = 'agent:x' WHERE account = 'faucet'",
+    ],
+)
+def test_a_posting_stands_on_accounts_and_an_entry(stranger: Stranger, statement: str) -> None:
+    """Rule 2: no line without its entry and its two accounts, which are never taken away."""
+    columns = "(source, target, seq, line, amount)"
+    with pytest.raises(Stranger.REFUSALS, match=r"account|entry|FOREIGN KEY"):
+        stranger.run(statement.replace("VALUES", f"{columns} VALUES"))
 
 
 @pytest.mark.parametrize("column", ["amount", "released", "redeemed", "refunded", "fee", "change"])

@@ -24,6 +24,7 @@ from x402mw.core.errors import ConfigurationError
 LOGGING_NAME = "x402mw"
 _READING = {"x402mw_reading": True}
 BUSY_MILLISECONDS = 10_000
+CACHE_KIBIBYTES = 16_384
 CONNECTIONS_MAX = 8
 _FORMS = "a database is a file path, sqlite:///... or postgresql://user:password@host:port/name"
 _SETUP_LOCK = 402
@@ -103,6 +104,8 @@ def _prepare_sqlite(engine: Engine) -> None:
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")
+        # A batch touches more pages than fit by default, and would write them twice.
+        cursor.execute(f"PRAGMA cache_size = -{CACHE_KIBIBYTES}")
         cursor.close()
 
     @event.listens_for(engine, "begin")
