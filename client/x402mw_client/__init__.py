@@ -16,6 +16,7 @@ from x402mw.core.errors import (
 )
 from x402mw_client.flow import PaymentHandle
 from x402mw_client.limits import Limits
+from x402mw_client.receipts import ReceiptRefused, SignedReceipt
 from x402mw_client.sessions import Paid
 from x402mw_client.transport import PaymentTransport, SyncPaymentTransport
 from x402mw_client.wallet import Wallet
@@ -30,6 +31,8 @@ __all__ = [
     "PaymentOutcomeUnknown",
     "PaymentRefused",
     "PaymentTransport",
+    "ReceiptRefused",
+    "SignedReceipt",
     "SyncPaymentTransport",
     "Wallet",
     "X402mwError",

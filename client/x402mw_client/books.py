@@ -51,10 +51,13 @@ class Books:
         clock: Callable[[], float],
         read_offer: Callable[[dict[str, object]], Offer],
         events: Events,
+        receipt_every: int | None = None,
     ) -> None:
         self.memory = memory
         self.clock = clock
         self.events = events
+        self._receipt_every = receipt_every
+        self._receipts_due: list[Session] = []
         self.signal = Signal(POLL_SECONDS if memory.shared else None)
         self.lock = threading.RLock()
         self.sessions: dict[bytes, Session] = {}
@@ -160,13 +163,26 @@ class Books:
         if hold is None:
             return
         session.charged = Atomic(session.charged + min(charge, hold))
-        session.unreceipted += 1
+        self._count(session)
         if word is not None:
             session.proven = True
             _note_totals(session, word)
         if charge > hold or (word is not None and differs(session)):
             self._turn(session, State.DIFFERS, *State)
         self.memory.save(session)
+
+    def _count(self, session: Session) -> None:
+        """Counts a charged call: whichever process counts the last one asks for the receipt."""
+        session.unreceipted += 1
+        if self._receipt_every is not None and session.unreceipted >= self._receipt_every:
+            session.unreceipted = 0
+            self._receipts_due.append(session)
+
+    def receipts_due(self) -> list[Session]:
+        """The sessions whose provider is to be asked for a receipt now."""
+        with self.lock:
+            due, self._receipts_due = self._receipts_due, []
+            return due
 
     def free(self, call: Call) -> None:
         """Gives up the hold of a call that can never be charged."""

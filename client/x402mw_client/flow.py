@@ -23,7 +23,7 @@ from x402mw.core.errors import (
 from x402mw.core.vouchers import BIND_REQUEST
 from x402mw_client import answers
 from x402mw_client.answers import Verdict, Word, classify, read_word, retry_after
-from x402mw_client.closing import learn_charge, resolve_doubts
+from x402mw_client.control import learn_charge, resolve_doubts
 from x402mw_client.escrow import check_secure
 from x402mw_client.memory import Busy
 from x402mw_client.probing import learn, probe

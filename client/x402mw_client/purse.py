@@ -41,8 +41,9 @@ class Purse(Books):
         clock: Callable[[], float],
         read_offer: Callable[[dict[str, object]], Offer],
         events: Events,
+        receipt_every: int | None = None,
     ) -> None:
-        super().__init__(memory, clock, read_offer, events)
+        super().__init__(memory, clock, read_offer, events, receipt_every)
         self.bounds = Bounds.of(limits)
         self._process = os.getpid()
 

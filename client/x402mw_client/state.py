@@ -1,6 +1,7 @@
 """All that the stories work on: one wallet's settings, its purse, and what it has learnt."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from x402mw.core.amounts import ZERO, Atomic, parse_atomic, to_atomic
 from x402mw.core.errors import ConfigurationError, TokenRefused
@@ -41,6 +42,8 @@ class WalletState:
         aliases: Iterable[str] = (),
         buffer_limit: int = BUFFER_BYTES,
         events: Events,
+        receipt_every: int | None = None,
+        on_receipt: Callable[[Any], None] = lambda receipt: None,
     ) -> None:
         self.escrow = normal_url(escrow)
         self.escrows = frozenset({self.escrow, *map(normal_url, aliases)})
@@ -49,7 +52,8 @@ class WalletState:
         self.memory = memory
         self.clock = clock
         self.events = events
-        self.purse = Purse(limits, memory, clock, self._read_offer, events)
+        self.on_receipt = on_receipt
+        self.purse = Purse(limits, memory, clock, self._read_offer, events, receipt_every)
         self.signal = self.purse.signal
         self.sections = Sections(self.signal, memory)
         self.offers = LearntOffers()

@@ -4,11 +4,13 @@ import asyncio
 
 import httpx
 
+from x402mw_client.aside import AsyncAside, SyncAside
 from x402mw_client.bodies import read_request, read_request_async
 from x402mw_client.closing import close_all
 from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.flow import Payment, fetch
 from x402mw_client.pools import CALLS_AT_ONCE, SmallPools
+from x402mw_client.receipts import fetch_receipt
 from x402mw_client.steps import origin_of
 from x402mw_client.wallet import Wallet
 
@@ -48,6 +50,9 @@ class PaymentTransport(httpx.AsyncBaseTransport):
         self._turns = asyncio.Semaphore(calls_at_once)
         self._escrow = wallet.async_escrow()
         self._driver = AsyncDriver(self._inner, self._escrow, wallet.state.signal)
+        # What is asked beside the calls takes no connection from them.
+        self._second = inner or httpx.AsyncHTTPTransport()
+        self._aside = AsyncAside(AsyncDriver(self._second, self._escrow, wallet.state.signal))
         self._keep_sessions = keep_sessions
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -58,7 +63,10 @@ class PaymentTransport(httpx.AsyncBaseTransport):
         with wallet.events.following(origin_of(request.url)):
             outgoing = await read_request_async(request, wallet.buffer_limit)
             async with self._turns:
-                return await self._driver.run(fetch(wallet, outgoing), outgoing)
+                answer = await self._driver.run(fetch(wallet, outgoing), outgoing)
+        for session in wallet.purse.receipts_due():
+            self._aside.tell(fetch_receipt(wallet, session))
+        return answer
 
     async def resume(self, payment: Payment) -> httpx.Response:
         """Carries on a payment whose outcome was unknown (`PaymentHandle.resume`)."""
@@ -71,10 +79,12 @@ class PaymentTransport(httpx.AsyncBaseTransport):
     async def aclose(self) -> None:
         """Closes the wallet's sessions and all connections."""
         try:
+            await self._aside.aclose()
             if not self._keep_sessions:
                 await self._driver.run(close_all(self._wallet.state))
         finally:
             await self._inner.aclose()
+            await self._second.aclose()
             await self._escrow.aclose()
 
 
@@ -92,6 +102,8 @@ class SyncPaymentTransport(httpx.BaseTransport):
         self._inner = inner or httpx.HTTPTransport()
         self._escrow = wallet.sync_escrow()
         self._driver = SyncDriver(self._inner, self._escrow, wallet.state.signal)
+        self._second = inner or httpx.HTTPTransport()
+        self._aside = SyncAside(SyncDriver(self._second, self._escrow, wallet.state.signal))
         self._keep_sessions = keep_sessions
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
@@ -101,7 +113,10 @@ class SyncPaymentTransport(httpx.BaseTransport):
         wallet = self._wallet.state
         with wallet.events.following(origin_of(request.url)):
             outgoing = read_request(request, wallet.buffer_limit)
-            return self._driver.run(fetch(wallet, outgoing), outgoing)
+            answer = self._driver.run(fetch(wallet, outgoing), outgoing)
+        for session in wallet.purse.receipts_due():
+            self._aside.tell(fetch_receipt(wallet, session))
+        return answer
 
     def resume(self, payment: Payment) -> httpx.Response:
         """Carries on a payment whose outcome was unknown (`PaymentHandle.resume_sync`)."""
@@ -114,8 +129,10 @@ class SyncPaymentTransport(httpx.BaseTransport):
     def close(self) -> None:
         """Closes the wallet's sessions and all connections."""
         try:
+            self._aside.close()
             if not self._keep_sessions:
                 self._driver.run(close_all(self._wallet.state))
         finally:
             self._inner.close()
+            self._second.close()
             self._escrow.close_connections()

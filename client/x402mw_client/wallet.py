@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import httpx
 
+from x402mw.core import ids
 from x402mw.core.amounts import Atomic, display
 from x402mw.core.telemetry import Telemetry
 from x402mw_client.closing import close_all, close_lost
@@ -15,6 +16,7 @@ from x402mw_client.drive import AsyncDriver, SyncDriver
 from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
 from x402mw_client.events import Events
 from x402mw_client.limits import Limits
+from x402mw_client.receipts import ReceiptRefused, SignedReceipt, newest_receipt
 from x402mw_client.sessions import Paid, State
 from x402mw_client.state import BUFFER_BYTES, WalletState
 from x402mw_client.steps import Story
@@ -37,11 +39,12 @@ class Wallet:
     """Pays through one escrow, within limits that nothing an agent reads can talk it out of.
 
     `limits` and `deposit` (the most to lock in one session) are in display units. With `path` the
-    wallet remembers everything in that one file, also over crashes; one process at a time may use
-    it. Without, it lives in RAM, and its sessions end within the hour. `escrow_root` pins the
-    escrow's root key, which else is pinned on first use; `escrow_aliases` are other URLs of it.
-    `on_payment` is called with each settled `Paid`; `telemetry` takes figures
-    (`docs/operations.md`).
+    wallet remembers everything in that one file, also over crashes, and several processes may share
+    it (`docs/buyer.md`). Without, it lives in RAM, and its sessions end within the hour.
+    `escrow_root` pins the escrow's root key, which else is pinned on first use; `escrow_aliases`
+    are other URLs of it. `on_payment` is called with each settled `Paid`; `telemetry` takes figures
+    (`docs/operations.md`). After each `receipt_every` charged calls of a session its provider is
+    asked, beside the calls, for a signed receipt; `on_receipt` hears of it, or of what was wrong.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Wallet:
         buffer_limit: int = BUFFER_BYTES,
         on_payment: Callable[[Paid], None] | None = None,
         telemetry: Telemetry | None = None,
+        receipt_every: int | None = None,
+        on_receipt: Callable[[SignedReceipt | ReceiptRefused], None] = lambda receipt: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         check_secure(httpx.URL(escrow))
@@ -73,6 +78,8 @@ class Wallet:
                 aliases=escrow_aliases,
                 buffer_limit=buffer_limit,
                 events=Events(telemetry, on_payment),
+                receipt_every=receipt_every,
+                on_receipt=on_receipt,
             )
         except BaseException:
             # A wallet that does not come about must not keep its file locked.
@@ -112,6 +119,14 @@ class Wallet:
                 locked=display(sum(session.deposit for session in live)),
                 open_sessions=len(live),
             )
+
+    def receipt(self, session: str) -> SignedReceipt | None:
+        """The provider's newest signed receipt for a session (`Paid.session`), if there is one."""
+        purse = self.state.purse
+        purse.look()
+        with purse.lock:
+            found = purse.sessions.get(ids.parse_id(ids.ESCROW, session))
+            return None if found is None else newest_receipt(found)
 
     async def aclose(self) -> None:
         """Closes every session, so that its rest returns, and then the file."""

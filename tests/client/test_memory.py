@@ -17,7 +17,12 @@ import pytest
 from tests.client.scripted import ESCROW, sent_payment, sent_voucher
 from tests.client.world import LIMITS, World, many
 from tests.support import payments as p
-from x402mw.core.errors import ConfigurationError, LocalError, PaymentOutcomeUnknown
+from x402mw.core.errors import (
+    ConfigurationError,
+    LimitExceeded,
+    LocalError,
+    PaymentOutcomeUnknown,
+)
 from x402mw.core.strict import b64url_encode
 from x402mw_client import Wallet, schema
 from x402mw_client.flow import PAYMENT
@@ -104,6 +109,64 @@ def test_what_is_no_wallet_file_is_refused(path: Path) -> None:
     db.close()
     with pytest.raises(ConfigurationError, match="newer"):
         open_wallet(path)
+
+
+VERSION_1 = """
+DROP TABLE processes;
+CREATE TABLE old (
+  session BLOB NOT NULL REFERENCES sessions (id), seq INTEGER NOT NULL, url TEXT NOT NULL,
+  hold INTEGER NOT NULL, expires INTEGER NOT NULL, PRIMARY KEY (session, seq)
+) STRICT;
+INSERT INTO old SELECT session, seq, url, hold, expires FROM calls;
+DROP TABLE calls;
+ALTER TABLE old RENAME TO calls;
+ALTER TABLE sessions DROP COLUMN held;
+ALTER TABLE sessions DROP COLUMN proven;
+ALTER TABLE sessions DROP COLUMN unreceipted;
+ALTER TABLE sessions DROP COLUMN receipt;
+ALTER TABLE sessions DROP COLUMN change;
+PRAGMA user_version = 1;
+"""
+
+
+async def test_a_file_of_version_1_is_taken_over(world: World, path: Path) -> None:
+    """Sessions, totals and open calls of one process are kept, and shared from then on."""
+    world.connect(path=path)
+    await world.get("/item/a")
+    world.provider.script = [world.provider.lose_answer] * 4
+    with pytest.raises(PaymentOutcomeUnknown):
+        await world.get("/item/a")
+    world.wallet._memory.close()
+    db = sqlite3.connect(path)
+    db.executescript(VERSION_1)
+    columns = db.execute("SELECT count(*) FROM pragma_table_info('sessions')").fetchone()
+    db.close()
+    assert columns == (13,)
+    world.connect(limits=p.replace(LIMITS, total="0.0025"), path=path)
+    other = world.wallet
+    world.connect(limits=p.replace(LIMITS, total="0.0025"), path=path)
+    assert world.money() == (1000, 1000)
+    with pytest.raises(LimitExceeded):
+        await world.get("/item/b")
+    assert (world.money(), other.spent) == ((2000, 0), 2000)
+    assert len(world.escrow.sessions) == 1
+
+
+def test_a_cut_off_take_over_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it fails in the middle the file is what it was, and the next try succeeds."""
+    open_wallet(path)._memory.close()
+    db = sqlite3.connect(path)
+    db.executescript(VERSION_1)
+    before = list(db.iterdump())
+    with monkeypatch.context() as patched:
+        broken = schema._CHANGES[1] + "SELECT nonsense FROM nowhere;"
+        patched.setitem(schema._CHANGES, 1, broken)
+        with pytest.raises(ConfigurationError):
+            open_wallet(path)
+    assert list(db.iterdump()) == before
+    assert db.execute("PRAGMA user_version").fetchone() == (1,)
+    db.close()
+    open_wallet(path)._memory.close()
 
 
 async def test_the_file_belongs_to_one_escrow(world: World, path: Path) -> None:

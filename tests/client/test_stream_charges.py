@@ -109,7 +109,7 @@ async def test_a_figure_that_comes_a_moment_later(
     world: World, notes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the provider still runs the call it is asked once more, and then left alone."""
-    monkeypatch.setattr("x402mw_client.closing.LEARN_PAUSES", (0.0, 0.001))
+    monkeypatch.setattr("x402mw_client.control.LEARN_PAUSES", (0.0, 0.001))
     later = {"charged": "0", "open": "1000", "receipt": ""}
     later["seq"] = {"state": "open", "charge": "0", "final": False}  # type: ignore[assignment]
     world.provider.control_script = [lambda request: httpx.Response(200, json=later)]

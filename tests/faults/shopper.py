@@ -6,6 +6,7 @@ was told is one line; a call without one belonged to a life that was killed.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import sqlite3
@@ -19,7 +20,8 @@ import httpx
 from tests.faults import shop as prices
 from tests.faults.board import Board
 from x402mw.core.errors import Moved, PaidOutcomeGone, PaymentOutcomeUnknown, X402mwError
-from x402mw_client import Limits, PaymentHandle, PaymentTransport, Wallet, closing
+from x402mw_client import Limits, PaymentHandle, PaymentTransport, Wallet
+from x402mw_client.drive import AsyncDriver
 from x402mw_client.flow import NOT_SENT, PAYMENT
 from x402mw_client.purse import Purse
 from x402mw_client.sessions import Session, State
@@ -233,12 +235,13 @@ def _of(handle: PaymentHandle) -> dict[str, Any]:
 
 def watch(notes: Notes) -> None:
     """Notes what only this process knows: each signed call, opened session and final receipt."""
-    read_receipt, sign, add = closing.open_receipt, Purse.sign, Purse.add
+    control, sign, add = AsyncDriver._control, Purse.sign, Purse.add
 
-    def note_receipt(text: Any, key: bytes) -> Any:
-        receipt = read_receipt(text, key)
-        notes.add("receipt", receipt=text, key=key.hex())
-        return receipt
+    async def note_receipt(driver: AsyncDriver, request: httpx.Request) -> httpx.Response:
+        answer = await control(driver, request)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            notes.add("receipt", receipt=answer.json()["receipt"])
+        return answer
 
     def note_sign(purse: Purse, *given: Any) -> Any:
         signed = sign(purse, *given)
@@ -252,7 +255,7 @@ def watch(notes: Notes) -> None:
         notes.add("opened", session=session.name)
         return session
 
-    closing.open_receipt = note_receipt  # type: ignore[attr-defined]  # as it is called there
+    AsyncDriver._control = note_receipt  # type: ignore[method-assign]
     Purse.sign, Purse.add = note_sign, note_session  # type: ignore[method-assign]
 
 
