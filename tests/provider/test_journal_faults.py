@@ -185,7 +185,7 @@ async def test_one_bad_operation_hurts_no_other(journal: Journal) -> None:
 def _session(transaction: Transaction, **changes: Atomic) -> Any:
     row = transaction.session(SESSION)
     assert row is not None
-    return replace(row, account=replace(row.account, **changes))
+    return row._replace(account=replace(row.account, **changes))
 
 
 PITFALLS = [
@@ -206,7 +206,7 @@ async def test_what_is_no_integer_of_64_bits(journal: Journal, field: str, value
         assert row is not None
         account = {} if field == "sent" else {field: value}
         other = {field: value} if field == "sent" else {}
-        row = replace(row, account=replace(row.account, **account), **other)
+        row = row._replace(account=replace(row.account, **account), **other)
         transaction.put_session(row)
 
     await admitted(journal, claim(1))

@@ -7,7 +7,7 @@
 Each takes a transaction and judges by the rows it reads there, never by memory alone.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from x402mw.core import gate, pricing, sessions
@@ -140,8 +140,7 @@ def _reserve(
 
 def seen(row: SessionRow, claim: gate.Claim, **changes: Any) -> SessionRow:
     """Takes from a token what only ever grows, and makes other `changes`."""
-    return replace(
-        row,
+    return row._replace(
         claim_until=max(row.claim_until, claim.token.claim_until),
         released=max(row.released, claim.token.released),
         **changes,
@@ -162,7 +161,7 @@ def start(transaction: Transaction, call: Admitted, mark: Atomic) -> None:
     row = _unsettled(transaction, call)
     if row is not None:
         mark = min(max(row.mark, mark), row.amount)
-        transaction.put_call(replace(row, state=CallState.STARTED, mark=mark))
+        transaction.put_call(row._replace(state=CallState.STARTED, mark=mark))
 
 
 def mark(transaction: Transaction, call: Admitted, used: int) -> None:
@@ -174,7 +173,7 @@ def mark(transaction: Transaction, call: Admitted, used: int) -> None:
     if units > row.mark_units:
         meter = _meter(transaction, call)
         transaction.put_meter(call.session, call.terms.id, meter)
-        transaction.put_call(replace(row, mark_units=units))
+        transaction.put_call(row._replace(mark_units=units))
 
 
 def settle(
@@ -199,7 +198,7 @@ def _rate(transaction: Transaction, call: Admitted, used: int) -> tuple[int, Ato
         return pricing.rate_call(call.terms, 0, used)
     meter = _meter(transaction, call)
     units, charge = pricing.rate_call(call.terms, meter.quantity, used)
-    meter = replace(meter, quantity=meter.quantity + units)
+    meter = meter._replace(quantity=meter.quantity + units)
     transaction.put_meter(call.session, call.terms.id, meter)
     return units, charge
 
@@ -215,8 +214,8 @@ def close_call(transaction: Transaction, row: CallRow, *, charge: Atomic, used: 
     if session is None:
         raise LookupError("a call belongs to a session")
     account = sessions.settle(session.account, reserved=row.amount, charge=charge)
-    transaction.put_session(replace(session, account=account))
-    transaction.put_call(replace(row, state=CallState.SETTLED, charge=charge, used=used))
+    transaction.put_session(session._replace(account=account))
+    transaction.put_call(row._replace(state=CallState.SETTLED, charge=charge, used=used))
 
 
 def _unsettled(transaction: Transaction, call: Admitted) -> CallRow | None:
@@ -272,5 +271,5 @@ def _marked(transaction: Transaction, row: CallRow) -> tuple[Atomic, int]:
     grown = pricing.rate(meter.unit_price, meter.per, before + units) - pricing.rate(
         meter.unit_price, meter.per, before
     )
-    transaction.put_meter(row.session, row.terms, replace(meter, quantity=before + units))
+    transaction.put_meter(row.session, row.terms, meter._replace(quantity=before + units))
     return min(row.amount, Atomic(row.mark + grown)), units

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.sessions import SessionEvent, SessionState, move
@@ -115,7 +115,7 @@ def _may_close(row: SessionRow) -> bool:
 def _send(transaction: Transaction, row: SessionRow) -> Item:
     charged = row.account.charged
     if charged > row.sent:
-        transaction.put_session(replace(row, sent=charged))
+        transaction.put_session(row._replace(sent=charged))
     final = _may_close(row)
     return Item(row.id, row.journal, row.voucher, charged, final=final, redeemed=row.redeemed)
 
@@ -135,22 +135,21 @@ def apply_reports(transaction: Transaction, reports: Iterable[Report], journal: 
 
 def _reported(row: SessionRow, report: Report) -> SessionRow:
     before = row.paid
-    row = replace(
-        row,
+    row = row._replace(
         redeemed=max(row.redeemed, report.redeemed),
         released=max(row.released, report.released),
         claim_until=max(row.claim_until, report.claim_until),
     )
     if row.paid > before:
         # What is still owed was earned later; its age counts from now.
-        row = replace(row, owed_since=None)
+        row = row._replace(owed_since=None)
     if row.account.charged <= row.paid:
-        row = replace(row, written_off=None)
+        row = row._replace(written_off=None)
     elif report.ended:
         # What is still owed by a session that ended can never be had.
-        row = replace(row, written_off=row.written_off or "ended")
+        row = row._replace(written_off=row.written_off or "ended")
     if report.ended:
-        row = replace(row, account=move(row.account, SessionEvent.CLOSED), ended=True)
+        row = row._replace(account=move(row.account, SessionEvent.CLOSED), ended=True)
     return row
 
 
@@ -162,9 +161,9 @@ def apply_refusals(transaction: Transaction, refusals: Iterable[Refusal]) -> Non
             continue
         if refusal.code in REFUSED_FOR_GOOD:
             account = move(row.account, SessionEvent.CLOSED)
-            row = replace(row, account=account, written_off=refusal.code)
+            row = row._replace(account=account, written_off=refusal.code)
         else:
-            row = replace(row, retry_at=int(transaction.now) + REST_SECONDS)
+            row = row._replace(retry_at=int(transaction.now) + REST_SECONDS)
         transaction.put_session(row)
 
 

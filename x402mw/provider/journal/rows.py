@@ -3,12 +3,13 @@
 The statements are SQLite's; what another database says otherwise is translated there. `greatest` is
 the largest of several values.
 
-Rows are frozen: an operation reads one, makes the next, and hands it to the transaction. Amounts
+Rows are tuples: an operation reads one, makes the next, and hands it to the transaction. Amounts
 are atomic units, times whole seconds, ids raw bytes.
 """
 
 import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.gate import Call, CallState, Outcome
@@ -32,8 +33,7 @@ class Totals:
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
-class SessionRow:
+class SessionRow(NamedTuple):
     """One session: its account, and how far it is redeemed.
 
     `voucher` is the newest (176 bytes). `sent` is the highest amount ever sent to the escrow,
@@ -72,8 +72,7 @@ class SessionRow:
         return max(0, self.account.charged + self.account.reserved - self.paid)
 
 
-@dataclass(frozen=True, slots=True)
-class CallRow:
+class CallRow(NamedTuple):
     """One admitted request.
 
     A crash charges `mark` plus the price of `mark_units` for a started call. `used` is the quantity
@@ -106,8 +105,7 @@ class CallRow:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Meter:
+class Meter(NamedTuple):
     """What a session has used so far under one metered price."""
 
     unit_price: int
@@ -232,6 +230,10 @@ DROP_TERMS = "DELETE FROM terms WHERE retired_at < ?"
 READ_RETIRED_TERMS = "SELECT id, retired_at FROM terms WHERE retired_at IS NOT NULL"
 
 
+_SESSION_STATES = {state.value: state for state in SessionState}
+_CALL_STATES = {state.value: state for state in CallState}
+
+
 def read_session(values: Values) -> SessionRow:
     """Makes a session of a row of `SESSIONS`."""
     (session, journal, deposit, best, charged, reserved, state, *rest) = values
@@ -239,7 +241,7 @@ def read_session(values: Values) -> SessionRow:
     return SessionRow(
         id=session,
         journal=journal,
-        account=Account(deposit, best, charged, reserved, SessionState(state)),
+        account=Account(deposit, best, charged, reserved, _SESSION_STATES[state]),
         voucher=voucher,
         claim_until=claim_until,
         sent=sent,
@@ -278,7 +280,7 @@ def write_session(row: SessionRow) -> Values:
 def read_call(values: Values) -> CallRow:
     """Makes a call of a row of `CALLS`."""
     session, seq, commitment, terms, amount, state, *rest = values
-    return CallRow(session, seq, commitment, terms, amount, CallState(state), *rest)
+    return CallRow(session, seq, commitment, terms, amount, _CALL_STATES[state], *rest)
 
 
 def write_call(row: CallRow) -> Values:

@@ -6,7 +6,7 @@ if it raises before its first `put`, it has changed nothing.
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from typing import Any, NamedTuple
 
 from x402mw.core.amounts import Atomic
@@ -79,7 +79,7 @@ class Transaction:
         """Writes a session, keeping `owed_since` and the total of what is unredeemed true."""
         before = self.session(row.id)
         if (row.owed > 0) != (row.owed_since is not None):
-            row = replace(row, owed_since=int(self.now) if row.owed else None)
+            row = row._replace(owed_since=int(self.now) if row.owed else None)
         grown = row.unredeemed - (before.unredeemed if before else 0)
         self.totals.unredeemed = Atomic(self.totals.unredeemed + grown)
         self._sessions[row.id] = self._new_sessions[row.id] = row
