@@ -195,7 +195,7 @@ def memory(*, sessions: int) -> dict[str, float]:
     known.__init__(None, None)  # type: ignore[misc,arg-type] # only its cache of tokens is used
     known.key_set = key_set
     texts = list(_tokens(key, seed, sessions))
-    most, link.TOKENS_CACHED_MAX = link.TOKENS_CACHED_MAX, sessions
+    most, link.TOKENS_CACHED_MAX = link.TOKENS_CACHED_MAX, 2 * sessions + 2
     gc.collect()
     tracemalloc.start()
     for text in texts:

@@ -14,6 +14,8 @@ from x402mw.core.strict import b64_encode, b64url_encode, dumps
 from x402mw.provider.prices import PricedRoute
 
 Headers = list[tuple[bytes, bytes]]
+Unpaid = tuple[tuple[Headers, bytes], tuple[Headers, bytes]]
+"""Header fields and body of a 402: as problem details, and as a page."""
 
 REASON_PREFIX = "invalid_batch_settlement_escrow_"
 PROBLEM_PREFIX = "urn:x402mw:problem:"
@@ -47,7 +49,7 @@ class ServedRoute:
     route: PricedRoute
     offer: Offer
     external_path: str
-    unpaid: dict[str, tuple[Headers, bytes, bytes]] = field(default_factory=dict)
+    unpaid: dict[str, Unpaid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +161,8 @@ async def send_answer(
     scope: Scope, send: Send, status: int, found: Headers, body: bytes, kind: bytes
 ) -> None:
     """Sends a whole answer of the provider's own."""
-    length = (b"content-length", str(len(body)).encode())
-    start = {
-        "type": "http.response.start",
-        "status": status,
-        "headers": [*found, (b"content-type", kind), length],
-    }
-    await send(start)
+    whole, _ = _whole(found, kind, body)
+    await send({"type": "http.response.start", "status": status, "headers": whole})
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
 
@@ -206,11 +203,10 @@ async def send_unpaid(scope: Scope, send: Send, served: ServedRoute, origin: str
         # Only configured and loopback origins come here; the bound is for a flood of odd ports.
         if len(served.unpaid) < 64:
             served.unpaid[origin] = built
-    found, body, page = built
-    if _wants_page(scope):
-        await send_answer(scope, send, 402, found, page, b"text/html; charset=utf-8")
-    else:
-        await send_answer(scope, send, 402, found, body, b"application/problem+json")
+    found, body = built[_wants_page(scope)]
+    # A list of its own: who stands in front of us may add to it.
+    await send({"type": "http.response.start", "status": 402, "headers": [*found]})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
 
 def _wants_page(scope: Scope) -> bool:
@@ -232,11 +228,18 @@ def _required(served: ServedRoute, origin: str, error: str) -> bytes:
     return b64_encode(dumps(content)).encode()
 
 
-def _build_unpaid(served: ServedRoute, origin: str) -> tuple[Headers, bytes, bytes]:
+def _build_unpaid(served: ServedRoute, origin: str) -> Unpaid:
     found = [NO_STORE, (PAYMENT_REQUIRED, _required(served, origin, "Payment required"))]
     detail = f"This request costs {describe(served)}. Pay with an x402 V2 client."
     body = problem(402, "payment_required", detail, accepts=[served.offer.accepts])
-    return found, body, _page(detail)
+    problem_type, page_type = b"application/problem+json", b"text/html; charset=utf-8"
+    return _whole(found, problem_type, body), _whole(found, page_type, _page(detail))
+
+
+def _whole(found: Headers, kind: bytes, body: bytes) -> tuple[Headers, bytes]:
+    """Header fields and body of a whole answer."""
+    length = str(len(body)).encode()
+    return [*found, (b"content-type", kind), (b"content-length", length)], body
 
 
 def describe(served: ServedRoute) -> str:

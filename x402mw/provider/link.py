@@ -10,8 +10,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from x402mw.core.errors import (
@@ -36,7 +36,8 @@ REFRESH_SECONDS = 30
 """At most one fetch of the key set in this time, however many unknown keys turn up."""
 KEYS_SECONDS = 3600
 """A key set is fetched again after this time, so that a key that was retired soon counts so."""
-TOKENS_CACHED_MAX = 10_000
+TOKENS_CACHED_MAX = 100_000
+_COMMON = ("network", "pay_to", "journal", "receipt_key", "asset", "signed_by")
 
 ROOT_KEY, KEY_SET, PAY_TO, REGISTERED = "root_key", "key_set", "pay_to", "registered"
 
@@ -68,7 +69,9 @@ class EscrowLink:
         self._skewed = False
         self._tried_at = self._refreshed_at = float("-inf")
         self._refreshing: asyncio.Task[None] | None = None
-        self._tokens: OrderedDict[bytes, SessionToken] = OrderedDict()
+        self._tokens: dict[bytes, SessionToken] = {}
+        self._older_tokens: dict[bytes, SessionToken] = {}
+        self._newest: SessionToken | None = None
 
     async def start(self) -> None:
         """Recalls the escrow from the journal, or meets it: the very first start needs it there.
@@ -154,19 +157,28 @@ class EscrowLink:
         """
         name = hashlib.sha256(text.encode()).digest()
         token = self._tokens.get(name)
-        if token is not None:
-            self._tokens.move_to_end(name)
-            return token
+        if token is None:
+            token = self._older_tokens.pop(name, None) or self._verify_token(text)
+            self._remember_token(name, token)
+        return token
+
+    def _verify_token(self, text: str) -> SessionToken:
         try:
             self._check_keys_alive()
             token = open_session_token(text, self.key_set)
         except UnknownKey:
             self._refresh_behind()
             raise
-        self._tokens[name] = token
-        if len(self._tokens) > TOKENS_CACHED_MAX:
-            self._tokens.popitem(last=False)
+        if self._newest is not None:
+            token = _share(token, self._newest)
+        self._newest = token
         return token
+
+    def _remember_token(self, name: bytes, token: SessionToken) -> None:
+        """Forgets by halves: what was not used since the last time goes, all at once."""
+        self._tokens[name] = token
+        if len(self._tokens) >= TOKENS_CACHED_MAX // 2:
+            self._tokens, self._older_tokens = {}, self._tokens
 
     def _check_keys_alive(self) -> None:
         if self._clock() >= self.key_set.not_after:
@@ -185,7 +197,7 @@ class EscrowLink:
             raise TokenRefused("the escrow shows an older key set than before, or another network")
         self.key_set, self._refreshed_at = fresh, self._clock()
         # What is remembered of a token tells whether its key is retired.
-        self._tokens.clear()
+        self._tokens, self._older_tokens = {}, {}
         await self._journal.set_setting(KEY_SET, answer.key_set)
 
     def refresh_keys_in_time(self) -> None:
@@ -248,3 +260,9 @@ class EscrowLink:
         if value is None:
             raise ConfigurationError(f"the journal has lost its setting {key}")
         return value
+
+
+def _share(token: SessionToken, other: SessionToken) -> SessionToken:
+    """A token that takes from another what both say: most of it, among tokens of one provider."""
+    known = {name: getattr(other, name) for name in _COMMON}
+    return replace(token, **{key: own for key, own in known.items() if own == getattr(token, key)})

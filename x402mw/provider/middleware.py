@@ -232,10 +232,11 @@ class PaymentMiddleware:
         origin = ""
         try:
             origin = service.origins.select(scope)
-            target = request.target(scope, self._path_prefix)
             if served is None:
+                target = request.target(scope, self._path_prefix)
                 await answer_control(service, scope, receive, send, origin=origin, target=target)
             elif request.payment_headers(scope):
+                target = request.target(scope, self._path_prefix)
                 visit = PaidVisit(service, served, origin, target, scope, receive, send)
                 await visit.run(self.app)
             else:
