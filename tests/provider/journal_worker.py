@@ -15,6 +15,7 @@ from tests.provider.journals import Clock, admit, admitted, claim, outcome, sess
 from tests.support.payments import TOKEN
 from x402mw.core.amounts import Atomic
 from x402mw.provider.journal import Admitted, Journal, postgresql, writer
+from x402mw.provider.journal.store import Durability
 from x402mw.provider.journal.transaction import Transaction
 
 RICH = replace(TOKEN, deposit=Atomic(10**12))
@@ -25,14 +26,16 @@ ANSWER_SECONDS = 30.0
 class Worker:
     """The handle of such a process."""
 
-    def __init__(self, place: str, index: int, *, round_seconds: float) -> None:
+    def __init__(
+        self, place: str, index: int, *, round_seconds: float, durability: Durability
+    ) -> None:
         """Starts it. It looks for dead workers every `round_seconds`."""
         # One server process imports everything once; each worker is a fresh fork of that.
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["tests.provider.journal_worker"])
         self._line, theirs = processes.Pipe()
         self.process = processes.Process(
-            target=run, args=(place, index, round_seconds, theirs), daemon=True
+            target=run, args=(place, index, round_seconds, durability, theirs), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -71,9 +74,14 @@ def _state(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def workers(place: str, *rounds: float) -> Iterator[list[Worker]]:
+def workers(
+    place: str, *rounds: float, durability: Durability = "process"
+) -> Iterator[list[Worker]]:
     """Workers on one journal, one for each length of rounds; they are ready when this begins."""
-    found = [Worker(place, index, round_seconds=length) for index, length in enumerate(rounds)]
+    found = [
+        Worker(place, index, round_seconds=length, durability=durability)
+        for index, length in enumerate(rounds)
+    ]
     try:
         for worker in found:
             assert worker.hear() == "ready"
@@ -86,14 +94,15 @@ def workers(place: str, *rounds: float) -> Iterator[list[Worker]]:
 # What follows runs in the process.
 
 
-def run(place: str, index: int, round_seconds: float, line: Connection) -> None:
+def run(
+    place: str, index: int, round_seconds: float, durability: Durability, line: Connection
+) -> None:
     """Does what it is told until it is killed."""
     writer.ROUND_SECONDS, postgresql.FREE_ROUNDS = round_seconds, 1
-    asyncio.run(_serve(place, index, line))
+    asyncio.run(_serve(Journal.open(place, durability=durability, clock=Clock()), index, line))
 
 
-async def _serve(place: str, index: int, line: Connection) -> None:
-    journal = Journal.open(place, durability="process", clock=Clock())
+async def _serve(journal: Journal, index: int, line: Connection) -> None:
     hand = Hand(journal, index, line)
     line.send("ready")
     while True:

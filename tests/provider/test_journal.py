@@ -4,6 +4,8 @@ import asyncio
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -389,6 +391,32 @@ async def test_a_crash_never_costs_more_than_the_maximum(place: str) -> None:
     journal = Journal.open(place, clock=Clock())
     assert journal.unredeemed == METERED.amount
     journal.close()
+
+
+LEAVING = """
+import asyncio, sys
+from tests.provider.journals import Clock, admitted, claim
+from x402mw.provider.journal import Journal
+async def leave():
+    journal = Journal.open(sys.argv[1], clock=Clock())
+    await admitted(journal, claim(1))
+asyncio.run(leave())
+"""
+
+
+def test_a_process_that_just_ends_closes_its_journal(place: str) -> None:
+    """Where nobody closes the journal (a mounted app has no lifespan), the process's end does."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LEAVING, place],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": "client:."},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert execute(place, "SELECT state, charge FROM calls") == [("settled", 0)]
 
 
 async def test_an_open_call_is_void_after_a_crash(place: str) -> None:
