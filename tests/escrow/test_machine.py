@@ -28,7 +28,7 @@ from x402mw.escrow import agents, bodies, books, redemption, schema, sessions
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.redemption import BadItem, Claim
-from x402mw.escrow.rows import find_escrow
+from x402mw.escrow.rows import fetch_escrows, find_escrow
 from x402mw.escrow.rules import HOUSE, Escrow, agent_account
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.transactions import Transaction
@@ -94,19 +94,24 @@ class World:
         rows["service"] = [service.entry_seq, service.entry_hash, service.change_seq]
         return rows
 
-    async def read(self) -> books.Books:
-        """All books at this moment."""
+    async def read(self) -> tuple[dict[str, int], list[Escrow]]:
+        """All balances and escrows at this moment, once the whole books are proven."""
+        accounts = schema.accounts.c
         async with self.ledger.read() as connection:
-            return await books.read_books(connection)
+            assert await books.check(connection) == []
+            balances = await connection.execute(select(accounts.account, accounts.balance))
+            return dict(map(tuple, balances)), await fetch_escrows(
+                connection, select(schema.escrows)
+            )
 
     async def by_number(self) -> dict[str, Any]:
         """Balances and escrows, comparable with another world's."""
-        found = await self.read()
-        states = {escrow.escrow_id: escrow for escrow in found.escrows}
+        balances, escrows = await self.read()
+        states = {escrow.escrow_id: escrow for escrow in escrows}
         known = [*self.buyers, *self.providers]
         return {
-            "balances": [found.balances[agent_account(agent)] for agent in known],
-            "house": found.balances[HOUSE],
+            "balances": [balances[agent_account(agent)] for agent in known],
+            "house": balances[HOUSE],
             "escrows": [outcome(states[name]) for name in self.escrows],
         }
 
@@ -319,9 +324,7 @@ class Trade(RuleBasedStateMachine):
             return
         self.run(self.swept.ledger.sweep())
         for world in self.worlds:
-            found = self.run(world.read())
-            assert books.check(found) == []
-            for escrow in found.escrows:
+            for escrow in self.run(world.read())[1]:
                 before = self.totals.get(escrow.escrow_id, escrow)
                 assert all(getattr(before, name) <= getattr(escrow, name) for name in TOTALS)
                 self.totals[escrow.escrow_id] = escrow

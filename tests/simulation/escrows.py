@@ -44,6 +44,7 @@ class EscrowParty:
         self.process: Process | None = None
         self.crash = ""
         self.excused = False
+        self.starts = 0
         self.app: Any = None
 
     async def start(self) -> None:
@@ -53,9 +54,17 @@ class EscrowParty:
         ready = asyncio.Event()
         process.spawn(_lifespan(app, ready))
         await ready.wait()
+        if self.starts == 0:
+            self._grow_old()
+        self.starts += 1
         engine = app.state.ledger._engine.sync_engine
         event.listen(engine, "commit", self._before_commit)
         self.network.host(HOST).open(process, app)
+
+    def _grow_old(self) -> None:
+        """An escrow that has been up for long: no deadline waits for anybody (T5)."""
+        with closing(sqlite3.connect(self.path)) as connection, connection:
+            connection.execute("UPDATE service SET up_since = up_since - 100000")
 
     def _before_commit(self, connection: Any) -> None:
         crash = self.crash
@@ -100,7 +109,7 @@ class EscrowParty:
     async def check_books(self) -> list[str]:
         """The ledger's own proof of its books."""
         async with self.ledger.read() as connection:
-            return books.check(await books.read_books(connection))
+            return await books.check(connection)
 
 
 async def _lifespan(app: Any, ready: asyncio.Event) -> None:

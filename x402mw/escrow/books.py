@@ -1,15 +1,16 @@
 """The books: how entries are chained, and the proof that a whole database is right.
 
-`check` is pure: rows in, violations out. It proves the invariants I1 to I5, I7 to I9, I18 and I19
-of `docs/money.md` on any database (I6 needs two moments and is kept by a trigger). Tests, the demo
+`Judge` is pure: rows in, violations out. It proves the invariants I1 to I5, I7 to I9, I18 and I19
+of `docs/money.md` on any database (I6 needs two moments and is kept by a trigger). It sees entries
+one by one, so what it remembers grows with the escrows, not with their history. Tests, the demo
 and `x402mw escrow check` all ask this same judge.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -60,17 +61,6 @@ class Chained:
     hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class Books:
-    """Everything there is to check, read in one moment."""
-
-    entries: Sequence[Chained]
-    balances: Mapping[str, int]
-    escrows: Sequence[Escrow]
-    head_seq: int
-    head_hash: str
-
-
 def hash_entry(entry: Entry, previous_hash: str) -> str:
     """Chains an entry to the one before: hex SHA-256 over that hash and all that it says."""
     # JSON writes a tuple as a list: [seq, ..., [[source, target, amount], ...]].
@@ -81,101 +71,109 @@ def hash_entry(entry: Entry, previous_hash: str) -> str:
 async def audit(url: str) -> list[str]:
     """Reads a whole database and returns every violated invariant."""
     async with visiting(url) as connection:
-        return check(await read_books(connection))
+        return await check(connection)
 
 
-async def read_books(connection: AsyncConnection) -> Books:
-    """Reads a whole database; the connection's transaction must see one moment."""
+async def check(connection: AsyncConnection) -> list[str]:
+    """Returns every violated invariant, in words; an empty list proves the books.
+
+    The connection's transaction must see one moment.
+    """
     service = (await connection.execute(select(schema.service))).one()
-    balances = await connection.execute(
-        select(schema.accounts.c.account, schema.accounts.c.balance)
-    )
-    return Books(
-        entries=await _read_entries(connection),
-        balances={row.account: row.balance for row in balances},
-        escrows=await fetch_escrows(connection, select(schema.escrows)),
-        head_seq=service.entry_seq,
-        head_hash=service.entry_hash,
-    )
+    accounts = schema.accounts.c
+    balances = await connection.execute(select(accounts.account, accounts.balance))
+    judge = Judge({row.account: row.balance for row in balances})
+    violations: list[str] = []
+    async for chained in _read_entries(connection):
+        violations += judge.see(chained)
+    violations += judge.see_all_entries(service.entry_seq, service.entry_hash)
+    for escrow in await fetch_escrows(connection, select(schema.escrows)):
+        violations += judge.see_escrow(escrow)
+    return violations
 
 
-async def _read_entries(connection: AsyncConnection) -> list[Chained]:
-    lines: dict[int, list[Transfer]] = {}
-    postings = schema.postings
-    for row in await connection.execute(select(postings).order_by(postings.c.seq, postings.c.line)):
-        lines.setdefault(row.seq, []).append(Transfer(row.source, row.target, row.amount))
-    rows = await connection.execute(select(schema.entries).order_by(schema.entries.c.seq))
-    return [
-        Chained(
-            Entry(
-                seq=row.seq,
-                kind=row.kind,
-                escrow_id=row.escrow_id,
-                asset=row.asset,
-                created_at=row.created_at,
-                effective_at=row.effective_at,
-                transfers=tuple(lines.pop(row.seq, ())),
-            ),
-            row.previous_hash,
-            row.hash,
-        )
-        for row in rows
-    ]
+async def _read_entries(connection: AsyncConnection) -> AsyncIterator[Chained]:
+    entries, postings = schema.entries, schema.postings
+    query = select(entries, postings.c.source, postings.c.target, postings.c.amount)
+    query = query.select_from(entries.outerjoin(postings, postings.c.seq == entries.c.seq))
+    query = query.order_by(entries.c.seq, postings.c.line)
+    lines: list[Any] = []
+    async for row in await connection.stream(query):
+        if lines and lines[0].seq != row.seq:
+            yield _chained(lines)
+            lines = []
+        lines.append(row)
+    if lines:
+        yield _chained(lines)
 
 
-def check(books: Books) -> list[str]:
-    """Returns every violated invariant, in words; an empty list proves the books."""
-    return [
-        *_check_chain(books),
-        *_check_entries(books.entries),
-        *_check_balances(books),
-        *(problem for escrow in books.escrows for problem in _check_escrow(books, escrow)),
-        *_check_payouts(books),
-    ]
+def _chained(lines: Sequence[Any]) -> Chained:
+    row = lines[0]
+    moves = tuple(Transfer(line.source, line.target, line.amount) for line in lines if line.source)
+    says = [getattr(row, name) for name in Entry._fields[:-1]]
+    return Chained(Entry._make([*says, moves]), row.previous_hash, row.hash)
 
 
-def _check_chain(books: Books) -> Iterator[str]:
-    previous = GENESIS
-    for expected_seq, chained in enumerate(books.entries, start=1):
+class Judge:
+    """Sees every entry in order, then their end, then every escrow; says what is wrong."""
+
+    def __init__(self, balances: Mapping[str, int]) -> None:
+        self._balances = balances
+        self._seq = 0
+        self._hash = GENESIS
+        self._posted: dict[str, int] = {}
+        self._paid: dict[str | None, dict[tuple[str, str], int]] = {}
+        self._last_kind: dict[str | None, str] = {}
+
+    def see(self, chained: Chained) -> Iterator[str]:
+        """The next entry: I2, I19, and what it adds to the rest."""
         entry = chained.entry
-        if entry.seq != expected_seq or chained.previous_hash != previous:
+        if entry.seq != self._seq + 1 or chained.previous_hash != self._hash:
             yield f"I19 entry {entry.seq} does not follow the one before it"
         if chained.hash != hash_entry(entry, chained.previous_hash):
             yield f"I19 entry {entry.seq} is not what was written"
-        previous = chained.hash
-    if (len(books.entries), previous) != (books.head_seq, books.head_hash):
-        yield "I19 the chain does not end where the service row says"
-
-
-def _check_entries(entries: Iterable[Chained]) -> Iterator[str]:
-    for entry in (chained.entry for chained in entries):
+        self._seq, self._hash = entry.seq, chained.hash
         if not entry.transfers:
             yield f"I2 entry {entry.seq} moves nothing"
+        paid = self._paid.setdefault(entry.escrow_id, {})
         for move in entry.transfers:
             if not _is_amount(move.amount) or move.amount == 0 or move.source == move.target:
                 yield f"I2 entry {entry.seq} holds a line that does not balance"
+            pair = (move.source, move.target)
+            paid[pair] = paid.get(pair, 0) + move.amount
+        for account, change in balance_changes(entry.transfers).items():
+            self._posted[account] = self._posted.get(account, 0) + change
+        self._last_kind[entry.escrow_id] = entry.kind
+
+    def see_all_entries(self, head_seq: int, head_hash: str) -> Iterator[str]:
+        """There are no more entries: the end of the chain, and I1, I3 and I18."""
+        if (self._seq, self._hash) != (head_seq, head_hash):
+            yield "I19 the chain does not end where the service row says"
+        if sum(self._balances.values()) != 0:
+            yield f"I1 the balances sum to {sum(self._balances.values())}, not to 0"
+        for account in sorted(self._posted.keys() | self._balances.keys()):
+            balance, posted = self._balances.get(account, 0), self._posted.get(account, 0)
+            if account != WORLD and not _is_amount(balance):
+                yield f"I3 {account} has the balance {balance}"
+            if posted != balance:
+                yield f"I18 {account} is stored as {balance}, but {posted} was posted"
+
+    def see_escrow(self, escrow: Escrow) -> Iterator[str]:
+        """One escrow, when all entries were seen: I4, I5, I7 to I9."""
+        name = escrow.escrow_id
+        held = self._balances.get(escrow.account)
+        if held != escrow.remaining:
+            yield f"I4 {name} holds {held}, not L - R - F = {escrow.remaining}"
+        yield from _check_escrow(escrow)
+        paid = self._paid.get(name, {})
+        if paid != _owed(escrow):
+            yield f"I8 {name} paid {paid}, owed {_owed(escrow)}"
+        if escrow.refunded and self._last_kind.get(name) not in ("provider_close", "deadline"):
+            yield f"I9 {name} moved money after it ended"
 
 
-def _check_balances(books: Books) -> Iterator[str]:
-    if sum(books.balances.values()) != 0:
-        yield f"I1 the balances sum to {sum(books.balances.values())}, not to 0"
-    for account, balance in books.balances.items():
-        if account != WORLD and not _is_amount(balance):
-            yield f"I3 {account} has the balance {balance}"
-    moves = (move for chained in books.entries for move in chained.entry.transfers)
-    rebuilt = {name: change for name, change in balance_changes(moves).items() if change}
-    stored = {name: balance for name, balance in books.balances.items() if balance}
-    for account in sorted(rebuilt.keys() | stored.keys()):
-        posted, balance = rebuilt.get(account, 0), stored.get(account, 0)
-        if posted != balance:
-            yield f"I18 {account} is stored as {balance}, but {posted} was posted"
-
-
-def _check_escrow(books: Books, escrow: Escrow) -> Iterator[str]:
+def _check_escrow(escrow: Escrow) -> Iterator[str]:
     name = escrow.escrow_id
-    held = books.balances.get(escrow.account)
-    if held != escrow.remaining:
-        yield f"I4 {name} holds {held}, not L - R - F = {escrow.remaining}"
     amounts = (escrow.amount, escrow.released, escrow.redeemed, escrow.refunded)
     if not all(map(_is_amount, amounts)) or escrow.remaining < 0:
         yield f"I5 {name} has amounts out of range"
@@ -190,29 +188,6 @@ def _check_escrow(books: Books, escrow: Escrow) -> Iterator[str]:
         yield f"I7 {name} has the fee {escrow.fee} on {escrow.released}"
     if ended and escrow.remaining:
         yield f"I9 {name} has ended and still holds {escrow.remaining}"
-
-
-def _check_payouts(books: Books) -> Iterator[str]:
-    """I8 and the rest of I9: what each escrow's own entries paid to whom, and when."""
-    moves: dict[str | None, list[Transfer]] = {}
-    last: dict[str | None, Entry] = {}
-    for entry in (chained.entry for chained in books.entries):
-        moves.setdefault(entry.escrow_id, []).extend(entry.transfers)
-        last[entry.escrow_id] = entry
-    for escrow in books.escrows:
-        own = moves.get(escrow.escrow_id, [])
-        if _paid(own) != _owed(escrow):
-            yield f"I8 {escrow.escrow_id} paid {_paid(own)}, owed {_owed(escrow)}"
-        if escrow.refunded and last[escrow.escrow_id].kind not in ("provider_close", "deadline"):
-            yield f"I9 {escrow.escrow_id} moved money after it ended"
-
-
-def _paid(moves: Iterable[Transfer]) -> dict[tuple[str, str], int]:
-    paid: dict[tuple[str, str], int] = {}
-    for move in moves:
-        pair = (move.source, move.target)
-        paid[pair] = paid.get(pair, 0) + move.amount
-    return paid
 
 
 def _owed(escrow: Escrow) -> dict[tuple[str, str], int]:

@@ -8,8 +8,7 @@ state that followed. `docs/money.md` 4, `docs/escrow.md`.
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyio import CapacityLimiter, create_task_group
 from anyio.to_thread import run_sync
@@ -35,8 +34,7 @@ Reading = Callable[[], AbstractAsyncContextManager[AsyncConnection]]
 _CORES = CapacityLimiter(os.cpu_count() or 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """One item that may count: `proven` is min(y, cumulative), and its signature verified."""
 
     escrow_id: str
@@ -44,16 +42,14 @@ class Claim:
     final: bool
 
 
-@dataclass(frozen=True, slots=True)
-class BadItem:
+class BadItem(NamedTuple):
     """One item that cannot count, and why; it never blocks the others."""
 
     code: str
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(NamedTuple):
     """One item that can be read; without a voucher it only closes a session."""
 
     escrow_id: str
@@ -155,9 +151,10 @@ def _combine(judged: Sequence[Claim | BadItem]) -> dict[str, Claim]:
     for item in judged:
         if isinstance(item, BadItem):
             continue
-        other = totals.get(item.escrow_id, item)
-        final = item.final or other.final
-        totals[item.escrow_id] = Claim(item.escrow_id, max(item.proven, other.proven), final)
+        other = totals.setdefault(item.escrow_id, item)
+        if other is not item:
+            most, final = max(item.proven, other.proven), item.final or other.final
+            totals[item.escrow_id] = Claim(item.escrow_id, most, final)
     return totals
 
 
