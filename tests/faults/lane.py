@@ -7,12 +7,10 @@ schedule says, heals everything, lets everyone come to an end, and then asks the
 import contextlib
 import http.client
 import json
-import os
 import resource
 import shutil
 import signal
 import socket
-import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,13 +21,14 @@ from typing import Any
 from tests.faults import oracle, process, proxy
 from tests.faults.board import Action, Armed, Board
 from tests.faults.children import Child, Family, Late
+from tests.faults.databases import JOURNAL_SCHEMA, Files, Servers, open_databases, read_now
 from tests.faults.points import POINTS
 from tests.faults.process import World
 from tests.faults.schedules import LINKS, Fault, Schedule
 
-START_SECONDS = 10.0
-SCRIPT_SECONDS = 30.0
-SETTLE_SECONDS = 15.0
+START_SECONDS = 30.0
+SCRIPT_SECONDS = 60.0
+SETTLE_SECONDS = 40.0
 RETRY_SECONDS = 0.03
 STARTS_MAX = 8
 PORTS = 20
@@ -90,13 +89,15 @@ class Lane:
         self.relays, self.family = Family(), Family()
         self._control: Any = None
         self._start_relay()
+        self.databases = open_databases(database, folder)
         self.seller, self.buyer = Account("", ""), Account("", "")
-        self.template = self._make_template()
+        self._make_template()
 
     def close(self) -> None:
         """Ends everything."""
         self.family.kill_all()
         self.relays.kill_all()
+        self.databases.close()
 
     # The relay.
 
@@ -124,11 +125,11 @@ class Lane:
 
     # The template.
 
-    def _make_template(self) -> Path:
+    def _make_template(self) -> None:
         """An escrow that knows a seller and a buyer with money, to be copied for each schedule."""
         folder = self.folder / "template"
         folder.mkdir()
-        world = self._world(folder, str(folder / "escrow.db"))
+        world = self._world(folder, self.databases.template, "")
         child = self.family.fork(
             "escrow", folder / "log", partial(process.escrow, world, self.board)
         )
@@ -137,7 +138,6 @@ class Lane:
         self.ask("POST", "/faucet/claim", self.buyer, {})
         child.send(signal.SIGTERM)
         self.family.wait(lambda: not child.alive, START_SECONDS, "the template's end")
-        return folder / "escrow.db"
 
     def _register(self, name: str) -> Account:
         answer = self.ask("POST", "/agents", None, {"name": name})
@@ -155,12 +155,12 @@ class Lane:
         finally:
             connection.close()
 
-    def _world(self, folder: Path, escrow_db: str) -> World:
+    def _world(self, folder: Path, escrow_db: str, journal: str) -> World:
         links = self.ports.links
         return World(
             folder=folder,
             escrow_db=escrow_db,
-            journal=str(folder / "journal.db"),
+            journal=journal,
             escrow_port=self.ports.escrow,
             provider_ports=self.ports.workers,
             shared_port=self.ports.shared,
@@ -186,13 +186,15 @@ class Lane:
         folder.mkdir()
         run = Run(schedule, folder)
         self.board.clear()
+        world = self._prepare(schedule, folder)
         try:
-            Story(self, run, self._prepare(schedule, folder)).tell()
+            Story(self, run, world).tell()
         except Late as late:
             run.problems.append(f"stuck: {late}")
         finally:
             self.family.forget_timers()
             self.family.kill_all()
+            self.databases.drop(world.escrow_db)
         run.seconds = time.monotonic() - started
         run.passed = [
             self.board.hits(point, side) for point in range(len(POINTS)) for side in (0, 1)
@@ -200,8 +202,7 @@ class Lane:
         return run
 
     def _prepare(self, schedule: Schedule, folder: Path) -> World:
-        shutil.copy(self.template, folder / "escrow.db")
-        world = self._world(folder, str(folder / "escrow.db"))
+        world = self._world(folder, *self.databases.copy(folder))
         ports, seen = self.ports, {}
         for link, name, port in (
             ("buyer-provider", "provider_seen", ports.shared),
@@ -413,8 +414,8 @@ class Story:
 
     def _do_full(self, fault: Fault) -> None:
         """No file of the process grows any more: what a full disk does to a database."""
-        child, path = self._victim(fault), self._file_of(fault.role)
-        if child is None or path is None:
+        child, path = self._victim(fault), self._place_of(fault.role)
+        if child is None:
             return
         sizes = [_size(Path(f"{path}{end}")) for end in ("", "-wal")]
         most = max(*sizes, FILE_BYTES_LEAST)
@@ -422,21 +423,30 @@ class Story:
         self.family.after(fault.after, partial(_limit, child, resource.RLIM_INFINITY))
 
     def _do_locked(self, fault: Fault) -> None:
-        """Another process holds the database's write lock for a while."""
-        path = self._file_of(fault.role)
-        if path is None:
-            return
+        """Somebody else holds the database's write lock for a while."""
+        place = self._place_of(fault.role)
         self.run.fired.add(fault.label)
+        databases = self.lane.databases if fault.role != "buyer" else Files(self.world.folder)
         log = self.world.folder / "locker.log"
-        self.family.fork("locker", log, lambda _: _hold_lock(path, fault.after))
+        hold = partial(databases.hold_lock, place, fault.role, fault.after)
+        self.family.fork("locker", log, lambda _: hold())
 
-    def _file_of(self, role: str) -> Path | None:
-        places = {
-            "escrow": self.world.escrow_db,
-            "provider": self.world.journal,
-            "buyer": str(self.world.folder / "wallet.db"),
-        }
-        return None if "://" in places[role] else Path(places[role])
+    def _do_server(self, fault: Fault) -> None:
+        """The database server loses its connections, or is restarted, or dies."""
+        databases, kind = self.lane.databases, (fault.more or {})["kind"]
+        if isinstance(databases, Servers):
+            self.note(fault.label)
+            self.run.fired.add(fault.label)
+            if kind == "cut":
+                databases.cut(self.world.escrow_db)
+            elif kind == "crash":
+                databases.crash()
+            else:
+                databases.restart()
+
+    def _place_of(self, role: str) -> str:
+        places = {"escrow": self.world.escrow_db, "provider": self.world.journal}
+        return places.get(role, str(self.world.folder / "wallet.db"))
 
     def _tick(self) -> None:
         if "buyer" in self.alive and self.alive["buyer"].said:
@@ -506,14 +516,11 @@ class Story:
 
     def _owed(self) -> int:
         query = (
-            "SELECT coalesce(sum(charged - max(redeemed, released)), 0) FROM sessions"
-            " WHERE charged > max(redeemed, released) AND written_off IS NULL"
+            "SELECT coalesce(sum(charged), 0) AS owed FROM sessions"
+            " WHERE charged > redeemed AND charged > released AND written_off IS NULL"
         )
-        connection = sqlite3.connect(self.world.journal)
-        try:
-            return int(connection.execute(query).fetchone()[0])
-        finally:
-            connection.close()
+        (row,) = read_now(self.world.journal, query, JOURNAL_SCHEMA)
+        return int(row["owed"])
 
     def _pass_time(self, *, armed: bool) -> None:
         """Lets the time of closing sessions come, step by step, as if the service ran on."""
@@ -562,10 +569,3 @@ def _limit(child: Child, size: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             _, hard = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)
             resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (size, hard))
-
-
-def _hold_lock(path: Path, seconds: float) -> None:
-    connection = sqlite3.connect(path, timeout=1, isolation_level=None)
-    connection.execute("BEGIN IMMEDIATE")
-    time.sleep(seconds)
-    os._exit(0)

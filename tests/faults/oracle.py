@@ -6,19 +6,21 @@ verification and, beside its own sums, the escrow's audit.
 """
 
 import asyncio
-import sqlite3
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import asyncpg
-
 from tests.faults import shop
+from tests.faults.databases import JOURNAL_SCHEMA, read
 from tests.faults.process import World
 from tests.faults.schedules import Schedule
 from tests.faults.shopper import expected_charge, read_notes
-from x402mw.core.tokens import open_receipt
+from x402mw.core.errors import TokenRefused
+from x402mw.core.keys import PUBLIC_KEY_BYTES
+from x402mw.core.strict import b64url_decode
+from x402mw.core.tokens import Receipt, open_receipt
 from x402mw.escrow.books import audit
 
 FUNDS = 50_000_000
@@ -45,6 +47,7 @@ class Evidence:
     held: list[Row] = field(default_factory=list)
     openings: int = 0
     past: int = 0
+    receipt_keys: list[str] = field(default_factory=list)
 
     @property
     def pruned(self) -> bool:
@@ -92,40 +95,27 @@ async def _gather(schedule: Schedule, world: World, parties: tuple[str, str]) ->
         parties=parties,
     )
     journal, escrow = world.journal, world.escrow_db
-    for row in await _read(journal, "SELECT * FROM sessions"):
+    for row in await read(journal, "SELECT * FROM sessions", JOURNAL_SCHEMA):
         found.sessions[_name(row["id"])] = row
-    for row in await _read(journal, "SELECT * FROM calls"):
+    for row in await read(journal, "SELECT * FROM calls", JOURNAL_SCHEMA):
         found.calls[_name(row["session"]), row["seq"]] = row
-    found.meters = await _read(journal, "SELECT * FROM meters")
-    (found.totals,) = await _read(journal, "SELECT * FROM totals")
-    for row in await _read(escrow, "SELECT * FROM escrows"):
+    found.meters = await read(journal, "SELECT * FROM meters", JOURNAL_SCHEMA)
+    (found.totals,) = await read(journal, "SELECT * FROM totals", JOURNAL_SCHEMA)
+    for row in await read(escrow, "SELECT * FROM escrows"):
         found.escrows[row["escrow_id"]] = row
-    balances = await _read(escrow, "SELECT account, balance FROM accounts")
+    keys = await read(escrow, "SELECT receipt_key FROM journals")
+    found.receipt_keys = [row["receipt_key"] for row in keys]
+    balances = await read(escrow, "SELECT account, balance FROM accounts")
     found.balances = {row["account"]: row["balance"] for row in balances}
     found.audit = await audit(escrow)
     wallet = str(world.folder / "wallet.db")
-    for row in await _read(wallet, "SELECT * FROM sessions"):
+    for row in await read(wallet, "SELECT * FROM sessions"):
         found.wallet[_name(row["id"])] = row
-    found.held = await _read(wallet, "SELECT * FROM calls")
-    past = await _read(wallet, "SELECT value FROM settings WHERE name = 'past_charged'")
+    found.held = await read(wallet, "SELECT * FROM calls")
+    past = await read(wallet, "SELECT value FROM settings WHERE name = 'past_charged'")
     found.past = sum(int(row["value"]) for row in past)
-    found.openings = len(await _read(wallet, "SELECT * FROM openings"))
+    found.openings = len(await read(wallet, "SELECT * FROM openings"))
     return found
-
-
-async def _read(place: str, query: str) -> list[Row]:
-    if "://" not in place:
-        connection = sqlite3.connect(place)
-        connection.row_factory = sqlite3.Row
-        try:
-            return [dict(row) for row in connection.execute(query)]
-        finally:
-            connection.close()
-    server = await asyncpg.connect(place)
-    try:
-        return [dict(row) for row in await server.fetch(query)]
-    finally:
-        await server.close()
 
 
 def _name(session: bytes) -> str:
@@ -304,12 +294,25 @@ def _books(found: Evidence) -> Iterator[str]:
 
 
 def _receipts(found: Evidence) -> Iterator[str]:
-    """A final receipt says what the journal says."""
+    """A final receipt is signed by the journal's key, and says what the journal says."""
     for note in found.notes:
         if note["e"] != "receipt":
             continue
-        receipt = open_receipt(note["receipt"], bytes.fromhex(note["key"]))
+        receipt = _open(found, note["receipt"])
+        if receipt is None:
+            if not _may_be_spoiled(found.schedule):
+                yield "a receipt is signed by nobody who is known"
+            continue
         name = _name(receipt.session)
         charged = found.sessions[name]["charged"] if name in found.sessions else 0
         if receipt.final and receipt.charged != charged:
             yield f"{name}'s final receipt says {receipt.charged}, the journal {charged}"
+        elif receipt.charged > charged:
+            yield f"{name}'s receipt says {receipt.charged}, the journal only {charged}"
+
+
+def _open(found: Evidence, text: str) -> Receipt | None:
+    for key in found.receipt_keys:
+        with contextlib.suppress(TokenRefused):
+            return open_receipt(text, b64url_decode(key, PUBLIC_KEY_BYTES))
+    return None

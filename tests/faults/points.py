@@ -109,7 +109,7 @@ POINTS = (
     Point("buyer.pay.settle", f"{_BUYER}.purse:Purse.settle"),
     Point("buyer.release.ask", "tests.faults.shopper:release", needs="release"),
     Point("buyer.close.end", f"{_BUYER}.purse:Purse.end"),
-    Point("buyer.close.receipt", f"{_BUYER}.closing:_final_charge"),
+    Point("buyer.close.ask", f"{_BUYER}.drive:AsyncDriver._control"),
     Point("buyer.close.close", f"{_BUYER}.purse:Purse.close"),
 )
 

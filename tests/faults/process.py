@@ -8,6 +8,7 @@ connection in the process they are forked from.
 import asyncio
 import logging
 import os
+import signal
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -28,7 +29,7 @@ from x402mw.escrow.settings import Settings
 from x402mw.provider import Provider, redeemer, responder, service
 from x402mw.provider import provider as provider_module
 from x402mw.provider.journal import journal, redemption, writer
-from x402mw_client import operations
+from x402mw_client import flow, operations
 
 ROOT_SEED = bytes(range(32))
 ROUND_SECONDS = 0.05
@@ -109,6 +110,8 @@ def provider(world: World, board: Board, ready: int, worker: int) -> None:
     )
     server = _Announcing(config, partial(_announce, ready))
     sockets = [_listen(world.provider_ports[worker]), _listen(world.shared_port)]
+    # uvicorn repeats the signal that stopped it; after a clean end this process ends by itself.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     server.run(sockets=sockets)
     if not server.started:
         os._exit(3)
@@ -118,6 +121,7 @@ def buyer(world: World, board: Board, ready: int, script: dict[str, Any]) -> Non
     """Carries out the script, from where an earlier life of this buyer left it."""
     _begin(board, "buyer", world)
     operations.PAUSES_SECONDS = (0.0, 0.02, 0.1)
+    flow.TURN_SECONDS = 1.0
     asyncio.sleep = _hasten(asyncio.sleep)
     asyncio.run(shopper.shop(world, board, script, partial(_announce, ready)))
 

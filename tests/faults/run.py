@@ -18,7 +18,7 @@ import struct
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tests.faults.board import SIDES
-from tests.faults.children import Child, Family, freeze
+from tests.faults.children import Child, Family, freeze, learn
 from tests.faults.lane import Lane, Run
 from tests.faults.points import POINTS
 from tests.faults.schedules import Setting, draw
@@ -175,6 +175,18 @@ class Runner:
         return _result(run, seed, kept)
 
 
+def warm_up() -> None:
+    """Runs one quiet schedule, so that everything that is ever imported is imported here."""
+    with scratch() as folder:
+        lane = Lane(folder / "lane")
+        try:
+            lane.run(replace(draw("sqlite:warm/0", Setting()), faults=[], restarts=()))
+        finally:
+            lane.close()
+        learn(folder)
+    freeze()
+
+
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
     """A folder for everything that is written, in memory where there is one: it is a lot."""
@@ -244,9 +256,9 @@ def main() -> int:
     parser.add_argument("--until-failure", action="store_true")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "x402mw-faults")
     given = parser.parse_args()
-    freeze()
+    warm_up()
     seed = given.seed or str(random.SystemRandom().randrange(1_000_000))
-    numbers, databases = list(range(given.schedules)), given.database or list(DATABASES[:1])
+    numbers, databases = list(range(given.schedules)), given.database or list(DATABASES)
     replay = ":" in seed
     if replay:
         database, _, rest = seed.partition(":")

@@ -34,7 +34,7 @@ MATCHES = {
 """What a fault of a link may be for: a part of the request's first line."""
 
 FAMILIES = {
-    "point": 60, "kill": 8, "stall": 4, "proxy": 25, "clock": 6, "full": 4, "locked": 4,
+    "point": 60, "kill": 8, "stall": 4, "proxy": 25, "clock": 6, "full": 5, "locked": 4,
     "corrupt": 2,
 }  # fmt: skip
 """How often each family of faults is drawn, in parts of their sum."""
@@ -94,9 +94,9 @@ def draw(seed: str, setting: Setting) -> Schedule:
     """Makes the schedule of a seed."""
     dice = random.Random(seed)
     workers = dice.choice((1, 1, 2, 3))
-    faults = [_fault(dice) for _ in range(dice.choices((1, 2, 3), (5, 3, 2))[0])]
+    faults = [_fault(dice, setting.database) for _ in range(dice.choices((1, 2, 3), (5, 3, 2))[0])]
     while setting.focus not in " ".join(fault.label for fault in faults):
-        faults[0] = _fault(dice)
+        faults[0] = _fault(dice, setting.database)
     needs = {POINTS[fault.point].needs for fault in faults if fault.family == "point"}
     if "replay" in needs:
         faults.append(_proxied(dice, "buyer-provider", "drop_answer"))
@@ -169,7 +169,7 @@ def _between(dice: random.Random) -> Step:
 # What goes wrong.
 
 
-def _fault(dice: random.Random) -> Fault:
+def _fault(dice: random.Random, database: str) -> Fault:
     family = dice.choices(tuple(FAMILIES), tuple(FAMILIES.values()))[0]
     role = dice.choice(ROLES)
     at = dice.uniform(0, 0.25)
@@ -186,6 +186,9 @@ def _fault(dice: random.Random) -> Fault:
             seconds = dice.choice((-86_400, -3600, -700, -200, -45, 45, 200, 700, 3600, 90_000))
             label = f"clock {role} {'ahead' if seconds > 0 else 'back'}"
             return Fault(family, label, at, dice.uniform(0.1, 0.6), role, more={"by": seconds})
+        case "full" if database != "sqlite" and role != "buyer":
+            kind = dice.choice(("cut", "cut", "restart", "crash"))
+            return Fault("server", f"database {kind}", at, more={"kind": kind})
         case "full" | "locked":
             return Fault(family, f"{family} {role}", at, dice.uniform(0.05, 0.4), role)
         case _:
