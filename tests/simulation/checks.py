@@ -8,8 +8,11 @@ from typing import Any
 
 from tests.simulation import escrows, handlers, journals
 from tests.simulation.escrows import FEE_BPS, Escrowed, Ledgered
+from x402mw.core.amounts import to_atomic
 from x402mw_client.sessions import State
 
+SLACK = 1_000_000
+"""What a busy provider may serve until it knows that the escrow is away (some 20 seconds here)."""
 ENDED = ("released", "refunded", "settled")
 CUT_OFF_SECONDS = 150.0
 """Who cannot reach a running escrow for longer than this may come too late with its vouchers."""
@@ -255,3 +258,5 @@ def _check_paid(world: Any, provider: Any, books: Ledgered) -> None:
                 )
     if lost:
         world.oracle.count("providers with a loss")
+    if lost > to_atomic(provider.unredeemed_max) + SLACK and not provider.restores:
+        world.oracle.fail(f"{provider.name} lost {lost}, more than max_unredeemed")

@@ -20,6 +20,7 @@ from unittest import mock
 
 import httpx
 from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.sqlite.base import SQLiteExecutionContext
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
@@ -40,9 +41,17 @@ class SimCursor(sqlite3.Cursor):
 class SimConnection(sqlite3.Connection):
     """A connection with such cursors."""
 
-    def cursor(self, factory: Any = SimCursor) -> Any:
-        """Makes a cursor."""
+    def cursor(self, factory: Any = SimCursor, *, server_side: bool = False) -> Any:
+        """Makes a cursor; all of them are where the rows are."""
         return super().cursor(factory)
+
+
+class SimContext(SQLiteExecutionContext):
+    """How streamed results are read."""
+
+    def create_server_side_cursor(self) -> Any:
+        """The same cursor as any."""
+        return self._dbapi_connection.cursor(server_side=True)
 
 
 class SimDialect(SQLiteDialect_pysqlite):
@@ -51,6 +60,8 @@ class SimDialect(SQLiteDialect_pysqlite):
     driver = "sim"
     is_async = True
     supports_statement_cache = True
+    supports_server_side_cursors = True
+    execution_ctx_cls = SimContext
 
     def __hash__(self) -> int:
         return hash(type(self))

@@ -16,6 +16,7 @@ from tests.simulation.mutations import MUTATIONS
 from tests.simulation.world import Report, simulate
 
 SEEDS_BETWEEN_COLLECTIONS = 8
+SEEDS_BETWEEN_LINES = 250
 Job = tuple[int, int, str | None]
 
 
@@ -61,6 +62,7 @@ def run_many(seeds: Iterable[int], operations: int, processes: int, mutation: st
     jobs: list[Job] = [(seed, operations, mutation) for seed in seeds]
     console, failed, began = Console(), list[Report](), time.monotonic()
     totals: Counter[str] = Counter()
+    done = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     context = multiprocessing.get_context("spawn")
     with (
@@ -74,6 +76,9 @@ def run_many(seeds: Iterable[int], operations: int, processes: int, mutation: st
                 failed.append(report)
                 progress.print(f"[red]seed {report.seed}[/]: {report.problems[0][:200]}")
             progress.update(bar, advance=1, description=f"seeds, {len(failed)} failed")
+            done += 1
+            if not console.is_terminal and done % SEEDS_BETWEEN_LINES == 0:
+                _say(f"{done} seeds, {len(failed)} failed, {time.monotonic() - began:.0f} s")
     _summarise(console, totals, failed, len(jobs), time.monotonic() - began)
     return 1 if failed else 0
 
@@ -116,6 +121,7 @@ def _summarise(
 
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def replay(seed: int, operations: int, mutation: str | None) -> int:
