@@ -40,9 +40,10 @@ class _OneBody(httpx.AsyncByteStream, httpx.SyncByteStream):
 def message(outgoing: Outgoing, signature: str | None) -> httpx.Request:
     """One sending of the caller's request; the caller's own object is never touched."""
     request = outgoing.request
-    found = httpx.Headers(request.headers)
+    # A request that came with a payment of its own is never paid for here, so none is doubled.
+    found = list(request.headers.raw)
     if signature is not None:
-        found[headers.PAYMENT_SIGNATURE] = signature
+        found.append((headers.PAYMENT_SIGNATURE.encode(), signature.encode()))
     body = outgoing.content
     return httpx.Request(
         request.method,
