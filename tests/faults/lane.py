@@ -18,10 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.faults import oracle, process, proxy
+from tests.faults import damage, oracle, process, proxy
 from tests.faults.board import Action, Armed, Board
 from tests.faults.children import Child, Family, Late
-from tests.faults.databases import JOURNAL_SCHEMA, Files, Servers, open_databases, read_now
+from tests.faults.databases import (
+    JOURNAL_SCHEMA,
+    Files,
+    Servers,
+    is_server,
+    open_databases,
+    read_now,
+)
 from tests.faults.points import POINTS
 from tests.faults.process import World
 from tests.faults.schedules import LINKS, Fault, Schedule
@@ -252,6 +259,8 @@ class Story:
         self._pauses: dict[str, float] = {}
         self._stalled: set[int] = set()
         self.script_done = False
+        self._hurting: dict[str, Fault] = {}
+        self._damaged: list[Fault] = []
 
     @property
     def providers(self) -> list[str]:
@@ -278,6 +287,8 @@ class Story:
         self._heal()
         self._settle()
         self._judge()
+        for fault in self._damaged:
+            self._open_damaged(fault)
 
     def _judge(self) -> None:
         """Asks the oracle, in a process of its own: it may run an event loop."""
@@ -333,6 +344,7 @@ class Story:
         if child.name == "buyer":
             self.script_done |= bool(child.said)
         self._note_fired()
+        self._take_copy(child)
         if self.over or (child.name == "buyer" and child.status == 0):
             return
         if child.status not in (-signal.SIGKILL, -signal.SIGTERM, 0):
@@ -421,6 +433,36 @@ class Story:
         most = max(*sizes, FILE_BYTES_LEAST)
         _limit(child, most)
         self.family.after(fault.after, partial(_limit, child, resource.RLIM_INFINITY))
+
+    def _do_corrupt(self, fault: Fault) -> None:
+        """Kills a process, and takes a copy of the file it leaves, to be damaged and opened."""
+        if not is_server(self._place_of(fault.role)):
+            self._hurting[fault.role] = fault
+            self._do_kill(fault)
+
+    def _take_copy(self, child: Child) -> None:
+        fault = self._hurting.pop(child.name.rstrip("0123"), None)
+        if fault is None or fault.role in {other.role for other in self._damaged}:
+            return
+        if damage.take(self.world.folder, fault.role, (fault.more or {})["where"]):
+            self._damaged.append(fault)
+
+    def _open_damaged(self, fault: Fault) -> None:
+        """Opens the damaged copy, and notes what became of it."""
+        role, place = fault.role, self.world.folder / f"damaged-{fault.role}"
+        port = self.lane.ports.spare
+        life = damage.opener(role, self.world, self.board, place, port)
+        child = self.family.fork("opener", self.world.folder / f"damaged-{role}.log", life)
+        self.family.wait(lambda: bool(child.said) or not child.alive, START_SECONDS, "an opening")
+        opened = bool(child.said)
+        if child.alive:
+            child.send(signal.SIGKILL)
+        elif child.status < 0:
+            self.run.problems.append(f"a damaged file ended the {role} with {child.status}")
+        self.family.wait(lambda: not child.alive, START_SECONDS, "the end of an opening")
+        word, problems = damage.judge(place, role, opened=opened)
+        self.run.problems += problems
+        self.run.figures[f"damaged and {word} ({role})"] = 1
 
     def _do_locked(self, fault: Fault) -> None:
         """Somebody else holds the database's write lock for a while."""

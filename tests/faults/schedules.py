@@ -35,7 +35,7 @@ MATCHES = {
 
 FAMILIES = {
     "point": 60, "kill": 8, "stall": 4, "proxy": 25, "clock": 6, "full": 5, "locked": 4,
-    "corrupt": 2,
+    "corrupt": 3,
 }  # fmt: skip
 """How often each family of faults is drawn, in parts of their sum."""
 
