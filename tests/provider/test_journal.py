@@ -29,6 +29,7 @@ from x402mw.provider.journal import (
     JournalUnavailable,
     Report,
     rows,
+    sqlite,
 )
 from x402mw.provider.journal.lock import FileLock
 
@@ -218,6 +219,18 @@ def test_an_older_version_shares_with_nobody(path: str) -> None:
     journal.close()
     assert older.try_take()
     older.close()
+
+
+def test_a_start_does_not_wait_for_ever(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that was stopped while it opened the journal does not keep others waiting."""
+    monkeypatch.setattr(sqlite, "START_SECONDS", 0.05)
+    Journal.open(path).close()
+    stopped = FileLock(f"{path}-locks/starting")
+    assert stopped.try_take()
+    with pytest.raises(ConfigurationError, match="another worker"):
+        Journal.open(path)
+    stopped.close()
+    Journal.open(path).close()
 
 
 async def test_a_file_of_the_first_version_goes_on(path: str) -> None:

@@ -1,5 +1,6 @@
 """Several worker processes on one journal: each call once, and the dead harm nobody for long."""
 
+import asyncio
 import os
 import signal
 import time
@@ -166,6 +167,18 @@ async def test_a_replaced_identity_is_heeded_at_once(place: str) -> None:
     second.close()
 
 
+async def test_a_replaced_identity_is_heeded_in_the_same_batch(place: str) -> None:
+    """What stands behind the news in one and the same batch is judged by the news already."""
+    journal = Journal.open(place, clock=Clock())
+    old = claim(1, token=replace(TOKEN, journal=journal.journal_id))
+    news = journal.apply_verdicts([Report(SESSION, Atomic(1), Atomic(1), ended=False)])
+    answers = await asyncio.gather(news, admit(journal, old), return_exceptions=True)
+    assert answers[0] is True
+    assert isinstance(answers[1], Refused)
+    assert answers[1].reason == "journal_replaced"
+    journal.close()
+
+
 async def test_settings_are_shared(place: str) -> None:
     """A setting that one worker keeps is what another reads, once that has done anything."""
     first, second = Journal.open(place, clock=Clock()), Journal.open(place, clock=Clock())
@@ -234,12 +247,16 @@ def test_a_forked_child_holds_no_locks(place: str) -> None:
 
 async def test_a_book_that_goes_back_takes_a_new_id(place: str) -> None:
     """A worker that finds fewer batches than it saw committed admits no old session any more."""
-    journal = Journal.open(place, clock=Clock())
-    await admitted(journal, claim(1))
-    before = journal.journal_id
-    journal._writer.totals.serial += 100
-    with pytest.raises(Refused) as refused:
-        await admit(journal, claim(2, token=replace(TOKEN, journal=before)))
-    assert refused.value.reason == "journal_replaced"
-    assert before in journal.replaced
-    journal.close()
+    journals = [Journal.open(place, clock=Clock()) for _ in range(3)]
+    await admitted(journals[0], claim(1))
+    before = journals[0].journal_id
+    for journal in journals:
+        journal._writer.totals.serial += 100
+    for journal in journals:
+        with pytest.raises(Refused) as refused:
+            await admit(journal, claim(2, token=replace(TOKEN, journal=before)))
+        assert refused.value.reason == "journal_replaced"
+    # The first one to find it so gave it a new id; the others took that over.
+    assert {journal.replaced for journal in journals} == {frozenset([before])}
+    for journal in journals:
+        journal.close()

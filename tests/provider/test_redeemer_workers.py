@@ -69,6 +69,19 @@ async def test_a_nudge_is_heard_by_any_worker(shops: tuple[Shop, Shop]) -> None:
     await until(lambda: second.journal.unredeemed == 0)
 
 
+async def test_what_is_late_is_redeemed_by_any_worker(shops: tuple[Shop, Shop]) -> None:
+    """While the worker that leads is stopped, another one redeems what is getting late."""
+    _, second = shops
+    await second.redeemer.start()
+    await second.sell(A)
+    second.clock.now += 30
+    await second.redeemer.contact()
+    assert not amounts(second.escrow)
+    second.clock.now += 30
+    await until(lambda: second.journal.unredeemed == 0)
+    assert not second.journal.leads
+
+
 async def test_any_worker_closes_a_session(shops: tuple[Shop, Shop]) -> None:
     """A close that reaches any worker redeems what all have charged, and ends the session."""
     first, second = shops

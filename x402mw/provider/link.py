@@ -190,10 +190,11 @@ class EscrowLink:
         """Fetches the key set and keeps it if it is not older than ours."""
         self._tried_at = self._clock()
         answer = await self.escrow.keys()
-        fresh = open_key_set(
-            answer.key_set, b64url_decode(self._setting(ROOT_KEY), PUBLIC_KEY_BYTES)
-        )
-        if fresh.network != self.network or fresh.serial < self.key_set.serial:
+        root_key = b64url_decode(self._setting(ROOT_KEY), PUBLIC_KEY_BYTES)
+        fresh = open_key_set(answer.key_set, root_key)
+        # Another worker may have kept a newer one than ours.
+        kept = open_key_set(self._setting(KEY_SET), root_key)
+        if fresh.network != self.network or fresh.serial < max(kept.serial, self.key_set.serial):
             raise TokenRefused("the escrow shows an older key set than before, or another network")
         self.key_set, self._refreshed_at = fresh, self._clock()
         # What is remembered of a token tells whether its key is retired.

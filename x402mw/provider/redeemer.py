@@ -7,7 +7,7 @@
 3. Each item has a verdict of its own. Without a clear verdict an item is neither redeemed nor
    refused: it is sent again, which can never count twice.
 4. Every worker keeps in contact, so each knows whether the escrow is away. One of them redeems for
-   all; any other does when it is nudged, or asked for one session.
+   all; any other does when it is nudged, asked for one session, or sees that it is getting late.
 """
 
 import asyncio
@@ -37,6 +37,9 @@ BY_AMOUNT = Atomic(1_000_000)
 BY_AGE_SECONDS = 5
 CLAIM_MARGIN_SECONDS = 120
 """A session is redeemed this long before `claim_until` at the latest: a minute, and one to try."""
+LATE_SECONDS = 45
+"""What should have been redeemed so long ago is redeemed by whatever worker sees it."""
+NEVER = Atomic(2**63 - 1)
 
 ENDED = frozenset({"released", "refunded", "settled"})
 BATCH_REFUSED = frozenset({400, 413, 422})
@@ -70,6 +73,7 @@ class Redeemer:
         self._journal = journal
         self._link = link
         self._rule = Due(by_amount, by_age, CLAIM_MARGIN_SECONDS)
+        self._late = Due(NEVER, by_age + LATE_SECONDS, CLAIM_MARGIN_SECONDS - LATE_SECONDS)
         self._contact_seconds = contact_seconds
         self._round_seconds = round_seconds
         self._events = events or Events()
@@ -155,15 +159,19 @@ class Redeemer:
                 await self._journal.set_setting(FAILING, "1" if failing else "")
 
     async def _round(self) -> None:
-        if not self._met or _now() - self._contact_at >= self._contact_seconds:
+        contacted = not self._met or _now() - self._contact_at >= self._contact_seconds
+        if contacted:
             await self.contact()
         await self._tell_replaced()
         # By a wrong clock nothing can be told to be due.
         all_of_it = self._nudged.is_set() or self._link.clock_off
         rule = EVERYTHING if all_of_it else self._rule
-        if self._journal.leads or self._nudged.is_set():
+        if self._journal.leads or all_of_it:
             self._nudged.clear()
             await self._send(await self._journal.due(rule, ITEMS_MAX))
+        elif contacted:
+            # Whoever leads should have sent these; it may have been stopped.
+            await self._send(await self._journal.due(self._late, ITEMS_MAX))
         if self._events.telemetry is not None:
             self._owed_since = await self._journal.owed_since()
 

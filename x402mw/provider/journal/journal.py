@@ -7,7 +7,6 @@ so the event loop never waits for a disk.
 import asyncio
 import atexit
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,12 +17,13 @@ from x402mw.core.errors import ConfigurationError
 from x402mw.core.sessions import Account
 from x402mw.provider.journal import calls, redemption, retention
 from x402mw.provider.journal.calls import Admitted, SessionView, Settled
+from x402mw.provider.journal.jobs import Operation, Result
 from x402mw.provider.journal.opening import open_store
 from x402mw.provider.journal.redemption import Due, Item, Refusal, Report
 from x402mw.provider.journal.shared import CHANGES_CURSOR, UNMET_SERIAL, new_identity
 from x402mw.provider.journal.store import Durability, RowRefused, StoreFailed
 from x402mw.provider.journal.transaction import Needs, Transaction
-from x402mw.provider.journal.writer import Operation, Result, Writer
+from x402mw.provider.journal.writer import Writer
 
 OUTCOME_BYTES_MAX = 256 * 1024 * 1024
 VOID_RETRY_SECONDS = 1.0
@@ -39,7 +39,6 @@ class Journal:
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        self._process = os.getpid()
         # Where nothing tells us of the end (a mounted app has no lifespan), the process does.
         atexit.register(self.close)
 
@@ -68,8 +67,7 @@ class Journal:
     def close(self) -> None:
         """Commits what waits, settles what is open, and leaves; may be called again."""
         atexit.unregister(self.close)
-        # A forked child has neither our thread nor our locks.
-        if self._writer.stopped or os.getpid() != self._process:
+        if self._writer.stopped:
             return
         self._writer.stop()
 

@@ -6,6 +6,7 @@ one for the worker that redeems.
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
@@ -22,6 +23,9 @@ from x402mw.provider.journal.turn import Turn
 
 TURN_SECONDS = 2.0
 """How long a batch waits for the other workers before it fails."""
+START_SECONDS = 60.0
+START_EVERY_SECONDS = 0.02
+"""How long a worker waits for another one that is opening the file, and how often it looks."""
 WORKERS_MAX = 256
 ROWS_AT_ONCE = 64
 """Rows in one statement. Only powers of two are used, so that few statements are prepared."""
@@ -50,7 +54,7 @@ class SqliteStore:
         self._share_with_own_kind(opened)
         self._folder.mkdir(mode=0o700, exist_ok=True)
         starting = opened.enter_context(contextlib.closing(self._lock("starting")))
-        starting.take()
+        _take_in_time(starting)
         self._turn = opened.enter_context(contextlib.closing(Turn(self._folder)))
         self._leading = opened.enter_context(contextlib.closing(self._lock("redeemer")))
         opened.callback(self.release)
@@ -167,6 +171,14 @@ class SqliteStore:
             case sqlite3.DatabaseError() | OSError():
                 return StoreFailed(str(error))
         return error
+
+
+def _take_in_time(lock: FileLock) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not lock.try_take():
+        if time.monotonic() >= deadline:
+            raise ConfigurationError("another worker does not get on with opening this journal")
+        time.sleep(START_EVERY_SECONDS)
 
 
 @cache

@@ -13,7 +13,7 @@ from x402mw.core.amounts import Atomic
 from x402mw.core.gate import Outcome
 from x402mw.provider.journal import rows
 from x402mw.provider.journal.rows import CallRow, Meter, SessionRow, Totals
-from x402mw.provider.journal.shared import Shared
+from x402mw.provider.journal.shared import Shared, read_shared
 from x402mw.provider.journal.store import Store, Values, check_types
 
 OLDEST_AT_ONCE = 64
@@ -159,8 +159,9 @@ class Transaction:
         self.tell_workers()
 
     def tell_workers(self) -> None:
-        """Has every worker read anew what all have in common, before its next operation."""
+        """Has every worker, ourselves too, read anew what all have in common."""
         self.totals.generation += 1
+        self.shared = read_shared(self._store, self.totals.generation)
 
     def finish(self) -> bool:
         """Writes everything; tells whether there is anything to commit."""

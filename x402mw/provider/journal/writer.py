@@ -13,16 +13,19 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from copy import copy
+from typing import Any
 
 from x402mw.core.amounts import Atomic
-from x402mw.core.errors import X402mwError
 from x402mw.provider.journal.calls import recover
 from x402mw.provider.journal.errors import JournalUnavailable
+from x402mw.provider.journal.jobs import Job, Operation, Result, deliver
 from x402mw.provider.journal.opening import check_totals, resolve, resume
 from x402mw.provider.journal.redemption import replace_identity
 from x402mw.provider.journal.retention import forget
@@ -40,59 +43,12 @@ DOUBT_PAUSE_SECONDS = 0.2
 
 log = logging.getLogger("x402mw.provider.journal")
 
-Result = TypeVar("Result")
-Operation = Callable[[Transaction], Result]
-
-
-class Job(Generic[Result]):
-    """An operation, what it came to, and the future of some event loop that waits for it.
-
-    `lost` is called in that loop with a result that nobody waits for any more.
-    """
-
-    __slots__ = ("error", "future", "lost", "needs", "operation", "result")
-
-    def __init__(
-        self,
-        operation: Operation[Result],
-        needs: Needs | None,
-        lost: Callable[[Result], object] | None,
-    ) -> None:
-        self.operation = operation
-        self.needs = needs
-        self.lost = lost
-        self.future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self.result: Any = None
-        self.error: Exception | None = None
-
-    def run(self, transaction: Transaction) -> None:
-        """Runs the operation; may be done again after the transaction was taken back."""
-        try:
-            self.result, self.error = self.operation(transaction), None
-        except X402mwError as error:
-            self.error = error
-
-    def lose(self) -> None:
-        """Hands back a result that nobody waits for; from whatever thread."""
-        if self.lost is not None:
-            with contextlib.suppress(RuntimeError):
-                self.future.get_loop().call_soon_threadsafe(self.lost, self.result)
-
-    def deliver(self) -> None:
-        """Wakes the caller; runs in the caller's event loop."""
-        if self.future.done():
-            if self.error is None:
-                self.lose()
-        elif self.error is None:
-            self.future.set_result(self.result)
-        else:
-            self.future.set_exception(self.error)
-
 
 class Writer:
     """Runs operations against one store, which it opens, from `open` until `stop`.
 
-    `totals` and `shared` are as of the last batch; `leads` tells whether this worker redeems.
+    `totals` and `shared` are as of the last batch; `leads` tells whether this worker redeems. In a
+    forked child it is `stopped`: its thread and its locks are the parent's.
     """
 
     def __init__(self, clock: Callable[[], float], *, outcome_bytes_max: int) -> None:
@@ -107,7 +63,15 @@ class Writer:
         self.stopped = False
         self.leads = False
         self.totals = Totals(0, Atomic(0), 0, 0, generation=-1)
-        self.shared: Shared
+        self._shared: Shared | None = None
+        _writers.add(self)
+
+    @property
+    def shared(self) -> Shared:
+        """What all workers have in common."""
+        if self._shared is None:
+            raise JournalUnavailable("the journal is not open yet")
+        return self._shared
 
     def open(self, open_store: Callable[[], Store]) -> None:
         """Starts the thread, and returns when its store is open; raises what hindered it."""
@@ -178,8 +142,7 @@ class Writer:
         while (job := self._next()) is not None:
             jobs = [job]
             self._transact(jobs)
-            for some in _by_loop(jobs):
-                _deliver(some)
+            deliver(jobs)
 
     def _run(self, operation: Operation[Result]) -> Result:
         """Runs one operation of our own."""
@@ -251,8 +214,8 @@ class Writer:
 
     def _failed(self, jobs: list[Job[Any]], error: Exception) -> None:
         """Says what became of a batch that raised, or tries again what may be tried again."""
-        if isinstance(error, CommitUnknown) and self._was_committed(error.ticket, jobs):
-            return
+        if isinstance(error, CommitUnknown):
+            self._doubt = error.ticket, jobs
         if isinstance(error, StoreFailed):
             unavailable = f"the journal cannot be written: {error}"
             for job in jobs:
@@ -263,22 +226,26 @@ class Writer:
             for job in jobs:
                 self._transact([job], alone=True)
 
-    def _was_committed(self, ticket: str, jobs: list[Job[Any]]) -> bool:
-        """Asks what became of a batch; while nobody can tell it is in doubt, and none follows it.
+    def _find_out(self, unknown: CommitUnknown) -> None:
+        """Returns if the batch was committed after all, and else raises.
 
-        Its callers are told that the journal is unavailable, so nothing of it is served.
+        While nobody can tell, the batch is in doubt and none follows it. Its callers are told that
+        the journal is unavailable, so nothing of it is served.
         """
         until = time.monotonic() + DOUBT_SECONDS
         while True:
             try:
-                return self._store.committed(ticket)
+                committed = self._store.committed(unknown.ticket)
             except Exception as error:
                 more = {"event": "commit_in_doubt"}
                 log.warning("a commit is in doubt: %s", self._store.explain(error), extra=more)
                 if time.monotonic() >= until:
-                    self._doubt = ticket, jobs
-                    return False
+                    raise unknown from None
                 time.sleep(DOUBT_PAUSE_SECONDS)
+            else:
+                if committed:
+                    return
+                raise StoreFailed("the connection was lost before the commit")
 
     def _end_doubt(self) -> None:
         """Before any other batch: what was committed after all is handed back as lost."""
@@ -300,8 +267,9 @@ class Writer:
     def _begin(self) -> Transaction:
         self._end_doubt()
         totals = Totals(*self._store.begin())
-        if totals.generation != self.totals.generation:
-            self.shared = read_shared(self._store, totals.generation)
+        known, gone_back = self._shared, totals.serial < self.totals.serial
+        if known is None or gone_back or totals.generation != known.generation:
+            self._shared = read_shared(self._store, totals.generation)
         transaction = Transaction(
             self._store,
             totals,
@@ -309,24 +277,31 @@ class Writer:
             shared=self.shared,
             outcome_bytes_max=self._outcome_bytes_max,
         )
-        if totals.serial < self.totals.serial:
-            self._notice_loss(transaction)
+        if gone_back:
+            self._go_back(
+                transaction, noticed=known is None or known.journal != self.shared.journal
+            )
         return transaction
 
-    def _notice_loss(self, transaction: Transaction) -> None:
-        """The book has gone back behind what we saw committed: it was restored under our feet."""
+    def _go_back(self, transaction: Transaction, *, noticed: bool) -> None:
+        """The book has lost batches that we saw committed: it was restored under our feet.
+
+        The first worker that finds it so gives it a new id; the others have `noticed` by that.
+        """
+        if noticed:
+            self.totals = copy(transaction.totals)
+            return
         more = {"event": "backup_restored"}
         log.error("this journal lost batches that were committed: it takes a new id", extra=more)
         replace_identity(transaction, *new_identity())
-        transaction.shared = read_shared(self._store, transaction.totals.generation)
 
     def _commit(self, transaction: Transaction) -> None:
-        shared, totals = transaction.shared, transaction.totals
         if transaction.finish():
-            if totals.generation != shared.generation:
-                shared = read_shared(self._store, totals.generation)
-            self._store.commit()
-        self.shared, self.totals = shared, totals
+            try:
+                self._store.commit()
+            except CommitUnknown as unknown:
+                self._find_out(unknown)
+        self._shared, self.totals = transaction.shared, transaction.totals
 
     def _end(self) -> None:
         try:
@@ -338,21 +313,12 @@ class Writer:
             self._store.release()
 
 
-def _by_loop(jobs: list[Job[Any]]) -> list[list[Job[Any]]]:
-    loops: dict[asyncio.AbstractEventLoop, list[Job[Any]]] = {}
-    for job in jobs:
-        loops.setdefault(job.future.get_loop(), []).append(job)
-    return list(loops.values())
+_writers: weakref.WeakSet[Writer] = weakref.WeakSet()
 
 
-def _deliver(jobs: list[Job[Any]]) -> None:
-    """Wakes all callers of one event loop with one call into it."""
+def _stop_inherited() -> None:
+    for writer in list(_writers):
+        writer.stopped = True
 
-    def deliver() -> None:
-        for job in jobs:
-            job.deliver()
 
-    loop = jobs[0].future.get_loop()
-    # If the loop is closed nobody waits any more, and what was committed is in the journal.
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(deliver)
+os.register_at_fork(after_in_child=_stop_inherited)
