@@ -15,8 +15,7 @@ from typing import Any
 from unittest import mock
 
 from tests.simulation.loop import HERE, Killed
-from x402mw.provider.journal.errors import JournalUnavailable
-from x402mw.provider.journal.writer import Job, Writer
+from x402mw.provider.journal.writer import Writer
 
 WORKER_ROUND_SECONDS = 40.0
 """How often a worker looks for others that died."""
@@ -89,16 +88,13 @@ class SimWriter(Writer):
         self._leave()
         self._store.close()
 
-    def submit(self, operation: Any, *, needs: Any = None, lost: Any = None) -> Any:
+    def submit(self, *given: Any, **named: Any) -> Any:
         """Lets the operation wait for its batch."""
-        if self.stopped:
-            raise JournalUnavailable("the journal is closed")
-        job: Job[Any] = Job(operation, needs, lost)
-        self._jobs.put(job)
+        future = super().submit(*given, **named)
         if not self._due:
             self._due = True
             asyncio.get_running_loop().call_later(0.001, self._flush)
-        return job.future
+        return future
 
     def _flush(self) -> None:
         self._due = False
@@ -113,7 +109,7 @@ class SimWriter(Writer):
                 asyncio.get_running_loop().call_later(0.001, _deliver_all, jobs)
 
 
-def _deliver_all(jobs: list[Job[Any]]) -> None:
+def _deliver_all(jobs: list[Any]) -> None:
     for job in jobs:
         job.deliver()
 

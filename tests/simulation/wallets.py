@@ -15,17 +15,13 @@ import httpx
 from tests.simulation.journals import Disk
 from tests.simulation.loop import HERE
 from tests.simulation.network import Network, Wire
+from x402mw_client.control import resolve_doubts as resolve_doubts
 from x402mw_client.escrow import AsyncEscrow
 from x402mw_client.limits import Limits
 from x402mw_client.sessions import Session
 from x402mw_client.transport import PaymentTransport
 from x402mw_client.wallet import Wallet
 from x402mw_client.walletfile import WalletFile
-
-try:
-    from x402mw_client.control import resolve_doubts as resolve_doubts
-except ImportError:
-    from x402mw_client.closing import resolve_doubts as resolve_doubts
 
 POLL_SECONDS = 0.5
 
