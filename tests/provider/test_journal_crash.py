@@ -6,16 +6,20 @@ import os
 from collections import defaultdict
 from multiprocessing.connection import Connection
 
+import pytest
+
 from tests.provider import journal_load
 from tests.provider.journal_load import TOKENS
 from tests.provider.journals import Clock, outcome
 from tests.provider.places import execute
 from tests.support.payments import QUOTE
+from tests.support.postgresql import start_server
 from x402mw.core.gate import CallState
 from x402mw.core.pricing import rate
-from x402mw.provider.journal import Journal
+from x402mw.provider.journal import Journal, postgresql
 
 KILLS = 20 if os.environ.get("X402MW_LONG") else 8
+SERVER_KILLS = 10 if os.environ.get("X402MW_LONG") else 1
 ACKS_FIRST, ACKS_MORE = 20, 57
 
 Story = dict[tuple[bytes, int], dict[str, int]]
@@ -45,6 +49,35 @@ def test_killed_at_any_moment(place: str) -> None:
         receiver.close()
         asyncio.run(_check_calls(place, story))
         _check_sums(place)
+
+
+def test_a_killed_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PostgreSQL server killed under load, all at once: what was acknowledged is there."""
+    monkeypatch.setattr(postgresql, "FREE_ROUNDS", 1)
+    server = start_server(durable=True)
+    place = server.new_database()
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.provider.journal_load"])
+    try:
+        for number in range(SERVER_KILLS):
+            receiver, sender = processes.Pipe(duplex=False)
+            process = processes.Process(target=journal_load.run, args=(place, number, sender))
+            process.start()
+            sender.close()
+            story: Story = defaultdict(dict)
+            for _ in range(100 + 50 * number):
+                _hear(receiver, story)
+            server.kill()
+            # It ends by itself: it is told that the journal is unavailable, and has no more to say.
+            while _hear(receiver, story):
+                pass
+            process.join()
+            receiver.close()
+            server.start()
+            asyncio.run(_check_calls(place, story))
+            _check_sums(place)
+    finally:
+        server.remove()
 
 
 def _hear(receiver: Connection, story: Story) -> bool:
