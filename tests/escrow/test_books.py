@@ -107,65 +107,65 @@ async def test_real_trade_passes_the_check(traded: str) -> None:
     assert await audit(traded) == []
 
 
-@pytest.mark.parametrize("table", ["entries", "postings"])
-@pytest.mark.parametrize("change", ["UPDATE {} SET seq = seq + 100", "DELETE FROM {}"])
-def test_the_books_are_append_only(stranger: Stranger, table: str, change: str) -> None:
+def test_the_books_are_append_only(stranger: Stranger) -> None:
     """Rule 2: the database itself refuses to change or delete what was written."""
-    with pytest.raises(Stranger.REFUSALS, match="append-only"):
-        stranger.run(change.format(table))
+    for table in ("entries", "postings"):
+        for change in (f"UPDATE {table} SET seq = seq + 100", f"DELETE FROM {table}"):
+            with pytest.raises(Stranger.REFUSALS, match="append-only"):
+                stranger.run(change)
 
 
-@pytest.mark.parametrize("table", ["entries", "postings"])
-def test_the_books_cannot_be_replaced(stranger: Stranger, table: str) -> None:
+def test_the_books_cannot_be_replaced(stranger: Stranger) -> None:
     """Rule 2: also not by INSERT OR REPLACE and TRUNCATE, which ask no DELETE trigger."""
-    change = f"INSERT OR REPLACE INTO {table} SELECT * FROM {table} LIMIT 1"
-    if not stranger.is_sqlite:
-        change = f"TRUNCATE {table} CASCADE"
-    with pytest.raises(Stranger.REFUSALS, match="append-only"):
-        stranger.run(change)
+    for table in ("entries", "postings"):
+        change = f"INSERT OR REPLACE INTO {table} SELECT * FROM {table} LIMIT 1"
+        if not stranger.is_sqlite:
+            change = f"TRUNCATE {table} CASCADE"
+        with pytest.raises(Stranger.REFUSALS, match="append-only"):
+            stranger.run(change)
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "INSERT INTO postings VALUES ('faucet', 'nobody', 1, 9, 1)",
-        "INSERT INTO postings VALUES ('nobody', 'faucet', 1, 9, 1)",
-        "INSERT INTO postings VALUES ('faucet', 'world', 99, 9, 1)",
-        "DELETE FROM accounts WHERE account LIKE 'escrow:%'",
-        "UPDATE accounts SET account = 'agent:x' WHERE account = 'faucet'",
-    ],
-)
-def test_a_posting_stands_on_accounts_and_an_entry(stranger: Stranger, statement: str) -> None:
+BASELESS = [
+    "INSERT INTO postings VALUES ('faucet', 'nobody', 1, 9, 1)",
+    "INSERT INTO postings VALUES ('nobody', 'faucet', 1, 9, 1)",
+    "INSERT INTO postings VALUES ('faucet', 'world', 99, 9, 1)",
+    "DELETE FROM accounts WHERE account LIKE 'escrow:%'",
+    "UPDATE accounts SET account = 'agent:x' WHERE account = 'faucet'",
+]
+
+
+def test_a_posting_stands_on_accounts_and_an_entry(stranger: Stranger) -> None:
     """Rule 2: no line without its entry and its two accounts, which are never taken away."""
     columns = "(source, target, seq, line, amount)"
-    with pytest.raises(Stranger.REFUSALS, match=r"account|entry|FOREIGN KEY"):
-        stranger.run(statement.replace("VALUES", f"{columns} VALUES"))
+    for statement in BASELESS:
+        with pytest.raises(Stranger.REFUSALS, match=r"account|entry|FOREIGN KEY"):
+            stranger.run(statement.replace("VALUES", f"{columns} VALUES"))
 
 
-@pytest.mark.parametrize("column", ["amount", "released", "redeemed", "refunded", "fee", "change"])
-def test_what_an_escrow_counted_never_falls(stranger: Stranger, column: str) -> None:
+def test_what_an_escrow_counted_never_falls(stranger: Stranger) -> None:
     """I6: L, R, F, redeemed and fee never fall, whoever writes."""
-    with pytest.raises(Stranger.REFUSALS, match="never falls"):
-        stranger.run(f"UPDATE escrows SET {column} = {column} - 1 WHERE status = 'settled'")
+    for column in ("amount", "released", "redeemed", "refunded", "fee", "change"):
+        with pytest.raises(Stranger.REFUSALS, match="never falls"):
+            stranger.run(f"UPDATE escrows SET {column} = {column} - 1 WHERE status = 'settled'")
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "UPDATE accounts SET balance = -1 WHERE account = 'house:fees'",
-        "UPDATE accounts SET balance = 9223372036854775807 + 1 WHERE account = 'house:fees'",
-        "UPDATE accounts SET balance = 9223372036854775808 WHERE account = 'house:fees'",
-        "UPDATE accounts SET balance = 'x' WHERE account = 'house:fees'",
-        "UPDATE escrows SET released = amount + 1",
-        "UPDATE escrows SET redeemed = released + 1",
-        "UPDATE escrows SET claim_until = expires_at + 1",
-        "UPDATE escrows SET buyer = provider",
-    ],
-)
-def test_the_database_is_a_second_wall(stranger: Stranger, statement: str) -> None:
+OUT_OF_RANGE = [
+    "UPDATE accounts SET balance = -1 WHERE account = 'house:fees'",
+    "UPDATE accounts SET balance = 9223372036854775807 + 1 WHERE account = 'house:fees'",
+    "UPDATE accounts SET balance = 9223372036854775808 WHERE account = 'house:fees'",
+    "UPDATE accounts SET balance = 'x' WHERE account = 'house:fees'",
+    "UPDATE escrows SET released = amount + 1",
+    "UPDATE escrows SET redeemed = released + 1",
+    "UPDATE escrows SET claim_until = expires_at + 1",
+    "UPDATE escrows SET buyer = provider",
+]
+
+
+def test_the_database_is_a_second_wall(stranger: Stranger) -> None:
     """M1 and I3 to I5: negative, overflowing, broken amounts are refused by the database too."""
-    with pytest.raises(Stranger.REFUSALS):
-        stranger.run(statement)
+    for statement in OUT_OF_RANGE:
+        with pytest.raises(Stranger.REFUSALS):
+            stranger.run(statement)
 
 
 FRAUDS: list[tuple[str, list[str]]] = [

@@ -67,9 +67,9 @@ async def test_a_locked_database_is_a_503_and_nothing_else(
         assert (await m.post(m.buyer, "/escrow", m.wish(), key="k")).status_code == 201
 
 
-async def test_two_processes_share_one_set_of_books(empty_db: str) -> None:
-    """I12: two services and the operator's command on one database make one chain of entries."""
-    with escrow_process(empty_db) as first, escrow_process(empty_db) as second:
+async def test_two_processes_share_one_set_of_books(tmp_path: Path) -> None:
+    """I12: two services and the operator's command on one SQLite file make one chain of entries."""
+    with escrow_process(tmp_path) as first, escrow_process(tmp_path) as second:
         async with joined(first) as one, joined(second) as two:
             names = [(await m.open("1.00"))["escrow_id"] for m in (one, two)]
             # Each session is now paid out through the other process than the one that opened it.

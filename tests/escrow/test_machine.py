@@ -361,5 +361,5 @@ class PostgresqlTrade(Trade):
 LONG = bool(os.environ.get("X402MW_LONG"))
 TestTrade, TestTradeOnPostgresql = Trade.TestCase, PostgresqlTrade.TestCase
 TestTrade.settings = TestTradeOnPostgresql.settings = hypothesis_settings(
-    max_examples=300 if LONG else 6, stateful_step_count=60 if LONG else 25, deadline=None
+    max_examples=300 if LONG else 4, stateful_step_count=60 if LONG else 25, deadline=None
 )

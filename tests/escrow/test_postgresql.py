@@ -23,7 +23,7 @@ from x402mw.escrow.transactions import Transaction
 
 pytestmark = pytest.mark.anyio
 LONG = bool(os.environ.get("X402MW_LONG"))
-KILLS = 12 if LONG else 3
+KILLS = 12 if LONG else 2
 
 
 @asynccontextmanager

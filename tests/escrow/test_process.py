@@ -1,4 +1,8 @@
-"""The escrow as a process: the command line, clean ends, and SIGKILL in mid-run."""
+"""The escrow as a process: the command line, clean ends, and SIGKILL in mid-run.
+
+On SQLite, where nothing of it depends on the database; kills on PostgreSQL are in
+`test_postgresql`.
+"""
 
 import asyncio
 import os
@@ -27,9 +31,9 @@ pytestmark = pytest.mark.anyio
 ROUNDS = 10 if os.environ.get("X402MW_LONG") else 2
 
 
-async def test_killed_in_mid_run_and_asked_again(empty_db: str) -> None:
+async def test_killed_in_mid_run_and_asked_again(tmp_path: Path) -> None:
     """I13: after each SIGKILL the same keys give the first results; nothing twice, nothing lost."""
-    with escrow_process(empty_db) as process:
+    with escrow_process(tmp_path) as process:
         async with joined(process) as m:
             name = (await m.open("20.00"))["escrow_id"]
             for round_number in range(ROUNDS):
@@ -66,9 +70,9 @@ async def _one_round(process: EscrowProcess, m, name: str, round_number: int) ->
     assert len(amounts) == 20, "each top-up happened exactly once, so each saw its own deposit"
 
 
-def test_a_polite_end_has_status_zero_and_the_port_can_be_taken_again(empty_db: str) -> None:
+def test_a_polite_end_has_status_zero_and_the_port_can_be_taken_again(tmp_path: Path) -> None:
     """Failures: SIGTERM ends cleanly; a restart on the same port and database works."""
-    with escrow_process(empty_db) as process:
+    with escrow_process(tmp_path) as process:
         port = process.port
         assert process.terminate() == 0
         process.start()
@@ -76,9 +80,9 @@ def test_a_polite_end_has_status_zero_and_the_port_can_be_taken_again(empty_db: 
         assert httpx.get(f"{process.url}/health").json()["status"] == "ok"
 
 
-def test_register_prints_what_a_shell_can_export(empty_db: str) -> None:
+def test_register_prints_what_a_shell_can_export(tmp_path: Path) -> None:
     """Contract: register gives NAME=value lines with all that a provider needs."""
-    with escrow_process(empty_db) as process:
+    with escrow_process(tmp_path) as process:
         lines = process.command("register", "--escrow", process.url + "/", "my bot").split("\n")
         settings = dict(line.split("=", 1) for line in lines if line)
         assert settings["X402MW_ESCROW"] == process.url
