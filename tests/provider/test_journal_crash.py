@@ -18,9 +18,9 @@ from x402mw.core.gate import CallState
 from x402mw.core.pricing import rate
 from x402mw.provider.journal import Journal, postgresql
 
-KILLS = 20 if os.environ.get("X402MW_LONG") else 8
+KILLS = 20 if os.environ.get("X402MW_LONG") else 5
 SERVER_KILLS = 10 if os.environ.get("X402MW_LONG") else 1
-ACKS_FIRST, ACKS_MORE = 20, 57
+ACKS_FIRST, ACKS_MORE = 20, 97
 
 Story = dict[tuple[bytes, int], dict[str, int]]
 """What was acknowledged of each call."""

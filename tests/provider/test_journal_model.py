@@ -245,5 +245,5 @@ class ServerJournalAndModel(JournalAndModel):
 
 JournalAndModel.TestCase.settings = settings(max_examples=30 * MORE, stateful_step_count=30)
 TestJournalAndModel = JournalAndModel.TestCase
-ServerJournalAndModel.TestCase.settings = settings(max_examples=6 * MORE, stateful_step_count=30)
+ServerJournalAndModel.TestCase.settings = settings(max_examples=4 * MORE, stateful_step_count=30)
 TestServerJournalAndModel = ServerJournalAndModel.TestCase
