@@ -41,11 +41,6 @@ def _forget_seq() -> None:
     calls.lookup = forgetful
 
 
-def _settle_twice() -> None:
-    """A call that was settled can be settled again."""
-    calls._unsettled = lambda transaction, call: transaction.call(call.session, call.seq)
-
-
 def _leave_open() -> None:
     """What a dead worker left open is left open."""
     for module in (opening, writer):
@@ -109,23 +104,24 @@ def _forget_holds() -> None:
     WalletFile.hold = careless  # type: ignore[method-assign]
 
 
-_BUGS: dict[str, Callable[[], None]] = {
-    "answer-before-commit": _answer_before_commit,
-    "forget-seq": _forget_seq,
-    "settle-twice": _settle_twice,
-    "leave-open": _leave_open,
-    "sign-anew": _sign_anew,
-    "open-unnoted": _open_unnoted,
-    "ask-twice": _ask_twice,
-    "pay-sums": _pay_sums,
-    "charge-undelivered": _charge_undelivered,
-    "send-unnoted": _send_unnoted,
-    "forget-holds": _forget_holds,
+_BUGS: dict[str, tuple[Callable[[], None], str]] = {
+    "answer-before-commit": (_answer_before_commit, ""),
+    "forget-seq": (_forget_seq, "provider.pay.replay"),
+    "leave-open": (_leave_open, "provider.pay.work"),
+    "sign-anew": (_sign_anew, "buyer-provider drop_answer"),
+    "open-unnoted": (_open_unnoted, "buyer.open.add before"),
+    "ask-twice": (_ask_twice, "buyer-escrow drop_answer"),
+    "pay-sums": (_pay_sums, ""),
+    "charge-undelivered": (_charge_undelivered, "provider.pay.work"),
+    "send-unnoted": (_send_unnoted, ""),
+    "forget-holds": (_forget_holds, ""),
 }
-MUTANTS = tuple(_BUGS)
+"""Each bug, and the faults that bring it to light soonest."""
+
+MUTANTS = {name: focus for name, (_, focus) in _BUGS.items()}
 
 
 def apply(name: str) -> None:
     """Patches a bug into this process, if one is named."""
     if name:
-        _BUGS[name]()
+        _BUGS[name][0]()

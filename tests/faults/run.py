@@ -28,9 +28,11 @@ from rich.table import Table
 
 from tests.faults.board import SIDES
 from tests.faults.children import Child, Family, freeze, learn
-from tests.faults.lane import Lane, Run
+from tests.faults.lane import Lane
+from tests.faults.mutants import MUTANTS
 from tests.faults.points import POINTS
 from tests.faults.schedules import Setting, draw
+from tests.faults.story import Run
 
 SCHEDULES = 2000
 REPLAYS = 20
@@ -166,6 +168,7 @@ class Runner:
 
     def _one(self, lane: Lane, seed: str) -> dict[str, Any]:
         run = lane.run(draw(seed, self.setting))
+        print(f"{seed} took {run.seconds:.1f} s", flush=True)  # noqa: T201 (into the lane's log)
         kept = ""
         if run.problems:
             place = self.keep / seed.replace(":", "-").replace("/", "-")
@@ -252,11 +255,12 @@ def main() -> int:
     parser.add_argument("--database", choices=DATABASES, action="append")
     parser.add_argument("--focus", default="", help="a part of the label of a fault")
     parser.add_argument("--jobs", type=int, default=max(2, os.cpu_count() or 2))
-    parser.add_argument("--mutant", default="")
+    parser.add_argument("--mutant", choices=MUTANTS, default="")
     parser.add_argument("--until-failure", action="store_true")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "x402mw-faults")
     given = parser.parse_args()
     warm_up()
+    focus = given.focus or MUTANTS.get(given.mutant, "")
     seed = given.seed or str(random.SystemRandom().randrange(1_000_000))
     numbers, databases = list(range(given.schedules)), given.database or list(DATABASES)
     replay = ":" in seed
@@ -268,7 +272,7 @@ def main() -> int:
     for database in databases:
         with scratch() as folder:
             runner = Runner(
-                Setting(database, given.focus), seed, folder, given.keep, given.jobs, given.mutant
+                Setting(database, focus), seed, folder, given.keep, given.jobs, given.mutant
             )
             summary = runner.run(numbers, until_failure=replay or given.until_failure)
         summary.print(Console(emoji=False), whole=not (replay or given.until_failure))

@@ -16,9 +16,9 @@ from tests.faults.schedules import Setting, draw
 
 pytestmark = pytest.mark.whole
 ROOT = Path(__file__).parents[2]
-SMOKE = 24
+SMOKE = 20
 SMOKE_SEED = "smoke"
-FEW = ("answer-before-commit", "forget-holds")
+FEW = ("sign-anew", "ask-twice")
 
 
 def faults(*arguments: str, keep: Path) -> subprocess.CompletedProcess[str]:
@@ -56,13 +56,15 @@ def test_a_seed_is_one_schedule() -> None:
 
 def test_nothing_is_lost_doubled_or_stuck(tmp_path: Path) -> None:
     """After some two dozen schedules of kills and faults the oracle finds nothing wrong."""
-    done = faults("--schedules", str(SMOKE), "--seed", SMOKE_SEED, keep=tmp_path)
+    settings = ("--database", "sqlite", "--schedules", str(SMOKE), "--seed", SMOKE_SEED)
+    done = faults(*settings, keep=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS if os.environ.get("X402MW_LONG") else FEW)
+@pytest.mark.parametrize("mutant", tuple(MUTANTS) if os.environ.get("X402MW_LONG") else FEW)
 def test_the_oracle_catches(mutant: str, tmp_path: Path) -> None:
     """A deliberate bug is found within some schedules: the harness can fail."""
-    done = faults("--mutant", mutant, "--until-failure", "--schedules", "200", keep=tmp_path)
+    settings = ("--database", "sqlite", "--schedules", "200", "--until-failure")
+    done = faults(*settings, "--mutant", mutant, keep=tmp_path)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     assert "kept in" in done.stdout
