@@ -72,10 +72,11 @@ class Summary:
         missed = [label for label, passes in self._labels() if not passes]
         if missed and whole:
             console.print(f"never passed: {', '.join(missed)}")
-        figures = ", ".join(f"{count:,} {name}" for name, count in sorted(self.figures.items()))
+        for name, count in sorted(self.figures.items()):
+            console.print(f"  {count:>12,} {name}", markup=False, soft_wrap=True)
         console.print(
             f"seed {self.seed}: {self.done:,} schedules, {sum(self.fired.values()):,} faults;"
-            f" {figures}; [bold]{len(self.failures)} failed[/]"
+            f" [bold]{len(self.failures)} failed[/]"
         )
         for failure in self.failures:
             console.print(f"\n[red]{failure['seed']}[/] kept in {failure['kept']}")

@@ -78,6 +78,7 @@ class Schedule:
     seed: str
     database: str
     workers: int
+    buyers: int
     groups: list[list[Step]]
     faults: list[Fault]
     armed_at_start: bool
@@ -111,6 +112,7 @@ def draw(seed: str, setting: Setting) -> Schedule:
         seed=seed,
         database=setting.database,
         workers=workers,
+        buyers=1 if "gone" in needs else dice.choice((1, 1, 2)),
         groups=_groups(dice, needs),
         faults=faults,
         armed_at_start="start" in needs,

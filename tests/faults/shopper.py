@@ -35,6 +35,7 @@ RESUMES_MAX = 6
 """How often an unknown outcome is asked for again once everything works."""
 TRIES_MAX = 3
 """How many names, one after the other, a call gets that was certainly not sent."""
+NO_CALLS = ("time", "release", "close", "gone")
 OPEN = (State.OPEN, State.ENDED, State.DIFFERS)
 
 
@@ -59,10 +60,11 @@ def read_notes(path: Path) -> list[dict[str, Any]]:
 class Shopper:
     """One life of the buyer."""
 
-    def __init__(self, world: "World", board: Board) -> None:
+    def __init__(self, world: "World", board: Board, number: int, buyers: int) -> None:
         self.world = world
         self.board = board
-        self.notes = Notes(world.folder / "notes.log")
+        self.number, self.buyers = number, buyers
+        self.notes = Notes(world.folder / f"notes{number}.log")
         self.open()
 
     def open(self) -> None:
@@ -97,15 +99,26 @@ class Shopper:
     # The script.
 
     async def run(self, groups: list[list[dict[str, Any]]]) -> None:
-        """Carries out one group of steps after the other; the steps of a group run together."""
+        """Carries out one group of steps after the other; the steps of a group run together.
+
+        Of several buyers each makes its share of the calls, and the first does all else.
+        """
         for number, group in enumerate(groups):
-            steps = [(f"g{number}-{index}", step) for index, step in enumerate(group)]
+            steps = [
+                (f"g{number}-{index}", step)
+                for index, step in enumerate(group)
+                if self.number
+                == (0 if step["kind"] in NO_CALLS else (number + index) % self.buyers)
+            ]
             new = [(name, step) for name, step in steps if name not in self.notes.begun]
             await asyncio.gather(*(self._step(name, step) for name, step in new))
 
+    def _is_ours(self, step: dict[str, Any], place: int) -> bool:
+        return self.number == (0 if step["kind"] in NO_CALLS else place % self.buyers)
+
     async def _step(self, name: str, step: dict[str, Any]) -> None:
         kind = step["kind"]
-        if kind in ("time", "release", "close", "gone"):
+        if kind in NO_CALLS:
             self.notes.add("begin", name)
         if kind == "time":
             for role in step["roles"]:
@@ -194,6 +207,10 @@ class Shopper:
 
     async def settle(self) -> None:
         """Closes everything, however often it takes, and opens the file anew each time."""
+        if self.number:
+            # While we have the file open, closing it is not for the first to close the sessions.
+            await self._quietly(self.close)
+            return
         while True:
             await self._quietly(self.close)
             self.open()
@@ -263,7 +280,7 @@ async def shop(
     world: "World", board: Board, script: dict[str, Any], announce: Callable[[], None]
 ) -> None:
     """One life: the script, as far as it is not done, and when the faults are over, the end."""
-    shopper = Shopper(world, board)
+    shopper = Shopper(world, board, script["number"], script["buyers"])
     watch(shopper.notes)
     await shopper.run(script["groups"])
     announce()

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import re
 import resource
 import signal
 import time
@@ -30,6 +31,7 @@ STARTS_MAX = 8
 FILE_BYTES_LEAST = 16_384
 STEP_SECONDS = 55
 """How far the escrow's clock goes at once: a longer step would look like an outage to it."""
+_TRACEBACK = re.compile(r"^Traceback .*\n(?:[ ].*\n)*(\S.*)", re.MULTILINE)
 
 
 @dataclass
@@ -59,13 +61,23 @@ class Story:
         self._slots: dict[int, Fault] = {}
         self._pauses: dict[str, float] = {}
         self._stalled: set[int] = set()
-        self.script_done = False
+        self._done: set[str] = set()
         self._hurting: dict[str, Fault] = {}
         self._damaged: list[Fault] = []
 
     @property
     def providers(self) -> list[str]:
         return [f"provider{number}" for number in range(self.schedule.workers)]
+
+    @property
+    def buyers(self) -> list[str]:
+        return [f"buyer{number}" for number in range(self.schedule.buyers)]
+
+    def _names(self, role: str) -> list[str]:
+        return {"provider": self.providers, "buyer": self.buyers}.get(role, [role])
+
+    def _buying(self) -> set[str]:
+        return set(self.buyers) & self.alive.keys()
 
     def tell(self) -> None:
         """From the first start to the last question."""
@@ -79,8 +91,11 @@ class Story:
         if not self.schedule.armed_at_start:
             self._arm()
         self._break_in_time()
-        self._start("buyer")
-        self.family.wait(lambda: self.script_done, SCRIPT_SECONDS, "the script")
+        for name in self.buyers:
+            self._start(name)
+        self.family.wait(
+            lambda: len(self._done) == self.schedule.buyers, SCRIPT_SECONDS, "the script"
+        )
         self.note("the script is done")
         if self.schedule.gone:
             self._let_provider_redeem()
@@ -105,6 +120,10 @@ class Story:
             raise RuntimeError((self.world.folder / "oracle.log").read_text()[-2000:])
         problems, self.run.figures = json.loads(verdict.read_text())
         self.run.problems += problems
+        for log in sorted(self.world.folder.glob("*.log")):
+            for error in _TRACEBACK.findall(log.read_text("utf-8", "replace")):
+                key = f"tracebacks of {log.stem.rstrip('0123')}: {error[:70]}"
+                self.run.figures[key] = self.run.figures.get(key, 0) + 1
 
     def note(self, event: str) -> None:
         """Writes a line of the story's own log, with the seconds since its beginning."""
@@ -118,8 +137,13 @@ class Story:
         work: Callable[[int], None]
         if name == "escrow":
             work = partial(process.escrow, self.world, self.board)
-        elif name == "buyer":
-            script = {"groups": self.schedule.groups}
+        elif name in self.buyers:
+            number = int(name.removeprefix("buyer"))
+            script = {
+                "groups": self.schedule.groups,
+                "number": number,
+                "buyers": self.schedule.buyers,
+            }
             work = partial(process.buyer, self.world, self.board, script=script)
         else:
             number = int(name.removeprefix("provider"))
@@ -142,11 +166,11 @@ class Story:
             return
         del self.alive[child.name]
         self.note(f"{child.name} ended with {child.status}, after {child.seconds:.3f} s of work")
-        if child.name == "buyer":
-            self.script_done |= bool(child.said)
+        if child.said and child.name in self.buyers:
+            self._done.add(child.name)
         self._note_fired()
         self._take_copy(child)
-        if self.over or (child.name == "buyer" and child.status == 0):
+        if self.over or (child.name in self.buyers and child.status == 0):
             return
         if child.status not in (-signal.SIGKILL, -signal.SIGTERM, 0):
             self._died(child)
@@ -161,9 +185,9 @@ class Story:
 
     def _died(self, child: Child) -> None:
         """A process may refuse to start while something is broken, and nothing else."""
-        if child.said and child.name != "buyer":
+        if child.said and child.name not in self.buyers:
             self.run.problems.append(f"{child.name} ended by itself with {child.status}")
-        elif self.settling or child.name == "buyer":
+        elif self.settling or child.name in self.buyers:
             self.failed_starts += 1
             if self.failed_starts > STARTS_MAX:
                 raise Late(f"{child.name} does not start (status {child.status}); starting")
@@ -195,10 +219,8 @@ class Story:
                 self.family.after(fault.at, partial(act, fault))
 
     def _victim(self, fault: Fault) -> Child | None:
-        name = fault.role
-        if name == "provider":
-            name = self.providers[int(fault.at * 1000) % len(self.providers)]
-        child = self.alive.get(name)
+        names = self._names(fault.role)
+        child = self.alive.get(names[int(fault.at * 1000) % len(names)])
         if child is not None:
             self.run.fired.add(fault.label)
             self.note(fault.label)
@@ -292,8 +314,7 @@ class Story:
         return places.get(role, str(self.world.folder / "wallet.db"))
 
     def _tick(self) -> None:
-        if "buyer" in self.alive and self.alive["buyer"].said:
-            self.script_done = True
+        self._done |= {name for name in self._buying() if self.alive[name].said}
         self._note_fired()
         if self.board.provider_gone and not self.settling:
             for name in self.providers:
@@ -306,8 +327,7 @@ class Story:
                 continue
             self.run.fired.add(fault.label)
             self.note(f"{fault.action.name} at {fault.label}")
-            names = self.providers if fault.role == "provider" else [fault.role]
-            for name in names:
+            for name in self._names(fault.role):
                 self._pauses[name] = fault.after
                 child = self.alive.get(name)
                 if fault.action is Action.STALL and child is not None:
@@ -329,7 +349,7 @@ class Story:
         killed = [name for name in self.alive if name.rstrip("0123") in self.schedule.restarts]
         self._stop(killed, signal.SIGKILL)
         self.settling = True
-        for name in ("escrow", *self.providers, "buyer"):
+        for name in ("escrow", *self.providers, *self.buyers):
             if name not in self.alive:
                 self._start(name)
         self.board.settling = True
@@ -337,7 +357,7 @@ class Story:
     def _settle(self) -> None:
         for name in ("escrow", *self.providers):
             self._await_ready(name)
-        self.family.wait(lambda: "buyer" not in self.alive, SETTLE_SECONDS, "the buyer's end")
+        self.family.wait(lambda: not self._buying(), SETTLE_SECONDS, "the buyers' end")
         self._stop(self.providers, signal.SIGTERM)
         if self._owed():
             self._let_provider_redeem()
