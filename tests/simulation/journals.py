@@ -98,6 +98,7 @@ class SimWriter(Writer):
 
     def _flush(self) -> None:
         self._due = False
+        self._hand_all_over()
         while not self._jobs.empty():
             first = self._jobs.get()
             jobs = [] if first is None else [first]

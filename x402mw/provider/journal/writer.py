@@ -55,6 +55,7 @@ class Writer:
         self._clock = clock
         self._outcome_bytes_max = outcome_bytes_max
         self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
+        self._gathered: dict[asyncio.AbstractEventLoop, list[Job[Any]]] = {}
         self._thread: threading.Thread
         self._store: Store
         self._forget_at = 0.0
@@ -85,6 +86,7 @@ class Writer:
     def stop(self) -> None:
         """Commits what waits, settles what is still open, and ends the thread."""
         self.stopped = True
+        self._hand_all_over()
         self._jobs.put(None)
         self._thread.join()
 
@@ -103,8 +105,21 @@ class Writer:
         if self.stopped:
             raise JournalUnavailable("the journal is closed")
         job = Job(operation, needs, lost)
-        self._jobs.put(job)
+        loop = job.future.get_loop()
+        gathered = self._gathered.setdefault(loop, [])
+        gathered.append(job)
+        if len(gathered) == 1:
+            # What one turn of the loop asks for goes together: the thread wakes once for all of it.
+            loop.call_soon(self._hand_over, loop)
         return job.future
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        for job in self._gathered.pop(loop, ()):
+            self._jobs.put(job)
+
+    def _hand_all_over(self) -> None:
+        for loop in [*self._gathered]:
+            self._hand_over(loop)
 
     # The thread.
 
