@@ -51,6 +51,7 @@ class Summary:
     drawn: Counter[str] = field(default_factory=Counter)
     fired: Counter[str] = field(default_factory=Counter)
     figures: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
     failures: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, result: dict[str, Any]) -> None:
@@ -61,6 +62,8 @@ class Summary:
         self.drawn.update(result["drawn"])
         self.fired.update(result["fired"])
         self.figures.update(result["figures"])
+        for name in result["figures"]:
+            self.examples.setdefault(name, result["seed"])
         if result["problems"]:
             self.failures.append(result)
 
@@ -73,7 +76,8 @@ class Summary:
         if missed and whole:
             console.print(f"never passed: {', '.join(missed)}")
         for name, count in sorted(self.figures.items()):
-            console.print(f"  {count:>12,} {name}", markup=False, soft_wrap=True)
+            example = f" (first in {self.examples[name]})" if count < self.done else ""
+            console.print(f"  {count:>12,} {name}{example}", markup=False, soft_wrap=True)
         console.print(
             f"seed {self.seed}: {self.done:,} schedules, {sum(self.fired.values()):,} faults;"
             f" [bold]{len(self.failures)} failed[/]"

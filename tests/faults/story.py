@@ -386,12 +386,16 @@ class Story:
         return int(row["owed"])
 
     def _pass_time(self, *, armed: bool) -> None:
-        """Lets the time of closing sessions come, step by step, as if the service ran on."""
+        """Lets the time of closing sessions come.
+
+        The first step may be long, and counts as an outage; after it the service runs on.
+        """
         for _ in range(60):
             closing = self._closing(armed=armed)
             if not closing:
                 return
-            self.board.shift("escrow", STEP_SECONDS)
+            now, deadline = self.board.clock("escrow")(), closing[0]["closing_deadline"]
+            self.board.shift("escrow", max(STEP_SECONDS, deadline - now))
             self._ask(armed, f"/changes?journal={closing[0]['journal']}&serial=0")
 
     def _closing(self, *, armed: bool) -> list[dict[str, Any]]:
