@@ -139,7 +139,13 @@ class Faults:
         party.excused = True
         if party is self.world.escrow and by > 0:
             return
-        self._for_a_while((20, 90, 200), lambda: setattr(clock, "offset", clock.offset - by))
+
+        def set_right() -> None:
+            # Once the world is healed every clock is right already.
+            if not self.world.quiet:
+                clock.offset -= by
+
+        self._for_a_while((20, 90, 200), set_right)
 
     def _keys_rotate(self) -> Any:
         if not self.world.escrow.up:

@@ -205,8 +205,10 @@ class World:
         await asyncio.sleep(25)
         if not self.escrow.up:
             await self.escrow.start()
+        # Nobody's clock is set back to be right, but who was ahead.
+        right = self.escrow.clock.offset = max(0.0, self.escrow.clock.offset)
         for party in parties:
-            party.clock.offset = self.escrow.clock.offset
+            party.clock.offset = right
         await asyncio.sleep(SETTLE_SECONDS)
         self._look()
 
