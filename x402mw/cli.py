@@ -113,9 +113,10 @@ def serve(
 
 
 async def _open_once(settings: Settings) -> None:
-    from x402mw.escrow.database import check_file
+    from x402mw.escrow.database import check_file, check_log
     from x402mw.escrow.ledger import visit_ledger
 
+    check_log(settings.database_url)
     async with visit_ledger(settings, time.time):
         await check_file(settings.database_url)
 

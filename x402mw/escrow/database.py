@@ -20,6 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from x402mw.core.errors import ConfigurationError
+from x402mw.sqlite_log import lost_commits
 
 LOGGING_NAME = "x402mw"
 _READING = {"x402mw_reading": True}
@@ -32,6 +33,8 @@ _CONFLICTS = ("40001", "40P01")
 # Of PostgreSQL's classes of errors: connection, resources, operator, system, internal.
 _AWAY_CLASSES = ("08", "53", "57", "58", "XX")
 _READ_ONLY = "25006"
+_LOST_COMMITS_MAX = 1
+"""Of one commit the power may have failed before anybody was told of it."""
 _SQLITE_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -137,6 +140,14 @@ async def visiting(url: str) -> AsyncIterator[AsyncConnection]:
             yield connection
     finally:
         await engine.dispose()
+
+
+def check_log(url: str) -> None:
+    """Refuses a SQLite file that forgot commits; before it is opened, which tidies them away."""
+    file = database_file(url)
+    lost = 0 if file is None else lost_commits(str(file))
+    if lost > _LOST_COMMITS_MAX:
+        raise ConfigurationError(f"this database is damaged: its last {lost} commits are lost")
 
 
 async def check_file(url: str) -> None:

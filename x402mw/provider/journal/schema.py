@@ -11,11 +11,14 @@ from x402mw.core.errors import ConfigurationError
 from x402mw.provider.journal.errors import JournalCorrupt
 from x402mw.provider.journal.lock import OWNER_ONLY
 from x402mw.provider.journal.store import Durability
+from x402mw.sqlite_log import lost_commits
 
 SYNCHRONOUS = {"fsync": "FULL", "process": "NORMAL"}
 APPLICATION_ID = 0x34303242
 SCHEMA_VERSION = 2
 BUSY_SECONDS = 2.0
+LOST_COMMITS_MAX = 1
+"""Of one commit the power may have failed before anybody was told of it."""
 STATEMENTS_CACHED = 256
 
 SCHEMA = """
@@ -122,12 +125,15 @@ ALTER TABLE calls ADD COLUMN worker INTEGER NOT NULL DEFAULT 0 CHECK (worker >= 
 """How a file of each older version becomes one of the next, in one transaction."""
 
 
-def open_database(path: str, durability: Durability) -> sqlite3.Connection:
+def open_database(path: str, durability: Durability, *, alone: bool) -> sqlite3.Connection:
     """Opens or creates the file (mode 0600), or raises `JournalCorrupt`.
 
-    The connection is in autocommit mode: transactions are begun by hand.
+    Who is `alone` also looks whether commits were lost. The connection is in autocommit mode:
+    transactions are begun by hand.
     """
     try:
+        if alone and durability == "fsync":
+            _check_log(path)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, OWNER_ONLY))
         os.chmod(path, OWNER_ONLY)  # It holds a signing key, whoever made the file.
         connection = sqlite3.connect(
@@ -141,6 +147,8 @@ def open_database(path: str, durability: Durability) -> sqlite3.Connection:
         raise ConfigurationError(f"the journal {path} cannot be opened: {error}") from None
     try:
         _prepare(connection, path, durability)
+        if alone:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except BaseException:
         connection.close()
         raise
@@ -155,6 +163,16 @@ def _prepare(connection: sqlite3.Connection, path: str, durability: Durability) 
         _migrate(connection, path)
     except sqlite3.DatabaseError as error:
         raise JournalCorrupt(_advice(path, str(error))) from None
+
+
+def _check_log(path: str) -> None:
+    lost = lost_commits(path)
+    if lost > LOST_COMMITS_MAX:
+        raise JournalCorrupt(
+            _advice(path, f"{lost} commits are lost")
+            + '; if it was written with durability="process" and the power failed, that is how much'
+            " that loses: open it once with the same setting"
+        )
 
 
 def check_integrity(connection: sqlite3.Connection, path: str) -> None:

@@ -61,7 +61,7 @@ class SqliteStore:
         self.worker = self._take_worker(opened)
         self.alone = all(self.seize(worker) for worker in self._others())
         self.release()
-        self.connection = open_database(self._path, durability)
+        self.connection = open_database(self._path, durability, alone=self.alone)
         opened.callback(self.connection.close)
         starting.give()
 
