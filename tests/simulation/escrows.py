@@ -66,6 +66,17 @@ class EscrowParty:
         with closing(sqlite3.connect(self.path)) as connection, connection:
             connection.execute("UPDATE service SET up_since = up_since - 100000")
 
+    def freeze(self) -> None:
+        """Ends what runs behind; the ledger itself stays usable."""
+        if self.process is not None:
+            self.process.alive = False
+
+    def keep_alive(self) -> None:
+        """Does what heartbeats in all the time that has passed would have done."""
+        now = int(self.clock())
+        with closing(sqlite3.connect(self.path)) as connection, connection:
+            connection.execute("UPDATE service SET heartbeat = ?", (now,))
+
     def _before_commit(self, connection: Any) -> None:
         crash = self.crash
         if not crash or connection.get_execution_options().get("x402mw_reading"):

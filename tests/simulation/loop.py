@@ -44,7 +44,15 @@ class SimLoop(asyncio.BaseEventLoop):
         """Seconds since the world began."""
         return self.moment
 
-    def call_soon_threadsafe(  # type: ignore[override]  # the types of its arguments do not matter
+    def call_soon(  # type: ignore[override]  # the types of its arguments do not matter
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
+        """Without the checks of the original: this is a tenth of all that happens."""
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]  # of BaseEventLoop
+        return handle
+
+    def call_soon_threadsafe(  # type: ignore[override]  # likewise
         self, callback: Any, *args: Any, context: Any = None
     ) -> Any:
         """There is one thread."""

@@ -19,7 +19,7 @@ from x402mw.provider.middleware import PaymentMiddleware
 from x402mw.provider.provider import Provider
 from x402mw.provider.redeemer import Redeemer
 
-CONTACT_SECONDS, ROUND_SECONDS, BY_AGE_SECONDS, AWAY_SECONDS = 110.0, 15.0, 45.0, 130
+CONTACT_SECONDS, ROUND_SECONDS, BY_AGE_SECONDS, AWAY_SECONDS = 140.0, 16.0, 45.0, 160
 """Slower than in production, so that more of a seed is spent on calls than on housekeeping."""
 
 
