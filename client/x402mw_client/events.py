@@ -44,7 +44,12 @@ class Events:
         text = f"paid {display(charge)} for {call.url} ({call.session.name})"
         tell(logging.INFO, "paid", text, session=call.session.name, amount=charge, asset=USDC.code)
         if self._on_payment is not None:
-            self._on_payment(call.paid)
+            try:
+                self._on_payment(call.paid)
+            except Exception as error:
+                # The call was paid: its answer goes to the caller all the same.
+                text = f"on_payment failed: {type(error).__name__}"
+                tell(logging.ERROR, "on_payment_failed", text, session=call.session.name)
 
     def resent(self, origin: str) -> None:
         """An answer was lost, and the same payment is sent again."""
