@@ -31,6 +31,7 @@ from x402mw_client.sessions import (
     Session,
     State,
     differs,
+    newer_token,
 )
 from x402mw_client.waiting import Signal
 from x402mw_client.walletfile import COLUMNS
@@ -96,7 +97,8 @@ class Books:
         found = {row[0]: row for row in news.sessions}
         if news.everything:
             for gone in self.sessions.keys() - found.keys():
-                del self.sessions[gone]
+                # A story may still have it: it signs nothing in what the others have forgotten.
+                self.sessions.pop(gone).state = State.CLOSED
         for name, row in found.items():
             session = self.sessions.get(name)
             if session is None:
@@ -123,8 +125,8 @@ class Books:
         with suppress(Busy, LocalError), self.changing():
             self.memory.recover()
             for name, seq, url, hold, expires in self.memory.doubts():
-                session = self.sessions[name]
-                if seq not in session.calls:
+                session = self.sessions.get(name)
+                if session is not None and seq not in session.calls:
                     call = Call(session, seq, url, hold, expires, in_flight=False)
                     session.calls[seq] = session.doubtful[seq] = call
 
@@ -300,7 +302,7 @@ class Books:
     def renew(self, session: Session, record: EscrowRecord) -> None:
         """Takes over what the escrow says of an open session: it only ever grows."""
         with self.changing():
-            session.token = record.token or session.token
+            session.token = newer_token(session, record.token, self.clock())
             session.deposit = max(session.deposit, record.deposit)
             session.expires_at = max(session.expires_at, record.expires_at)
             self.memory.save(session)

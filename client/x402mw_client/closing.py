@@ -29,6 +29,9 @@ def close_all(wallet: WalletState) -> Story[None]:
 
     As long as other processes use the wallet they keep the sessions; the last one closes them.
     """
+    if wallet.purse.forked:
+        # Its parent goes on with them.
+        return
     if (yield from patiently(wallet.purse.leave_to_others)):
         text = "the sessions stay open for the other processes of this wallet"
         tell(logging.INFO, "sessions_left_open", text)

@@ -25,7 +25,9 @@ class Locks:
         """Raises `ConfigurationError` where there are no such locks."""
         if fcntl is None:  # pragma: no cover (no Unix)
             raise ConfigurationError("a wallet file needs a Unix system; use a wallet in RAM")
-        self._path = os.path.abspath(os.fspath(path))
+        # One file has one name here, as it has for SQLite, whichever link leads to it.
+        self._path = os.path.realpath(os.fspath(path))
+        self._process = os.getpid()
         self._held: dict[object, int] = {}
 
     def take(self, name: object) -> bool:
@@ -45,11 +47,13 @@ class Locks:
             os.close(found)
 
     def release(self, name: object) -> None:
-        """Gives a lock back."""
+        """Gives a lock back; a forked copy of this process has none of its own to give."""
         found = self._held.pop(name)
-        os.unlink(self._file(name))
-        # A forked copy of this process may still have the descriptor.
-        fcntl.flock(found, fcntl.LOCK_UN)
+        if os.getpid() == self._process:
+            if self._is_current(found, name):
+                os.unlink(self._file(name))
+            # A forked copy may still have the descriptor.
+            fcntl.flock(found, fcntl.LOCK_UN)
         os.close(found)
 
     def is_free(self, name: object) -> bool:

@@ -110,9 +110,14 @@ class Purse(Books):
         self.memory.come_back()
         self.memory.save(session)
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a copy that a fork made: nothing here is its own."""
+        return os.getpid() != self._process
+
     def check_process(self) -> None:
         """Refuses to work in a forked copy: it would sign from the same memory."""
-        if os.getpid() != self._process:
+        if self.forked:
             raise ConfigurationError("this wallet belongs to another process: open one in each")
 
     def sign_control(self, session: Session, offer: Offer, subject: Subject) -> str:

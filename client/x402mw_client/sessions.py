@@ -263,6 +263,17 @@ def differs(session: Session) -> bool:
     return session.held == 0 and session.total_seen != session.charged
 
 
+def newer_token(session: Session, token: str | None, now: float) -> str:
+    """The token to pay with from now on.
+
+    Answers overtake each other: one for less than ours, while ours lives, is from before a top-up.
+    """
+    old = session.opened_token()
+    if token is None or (_peek(token).deposit < old.deposit and now < old.exp):
+        return session.token
+    return token
+
+
 def as_text(offer: Offer) -> str:
     """Writes an offer for the wallet's file."""
     return json.dumps(offer.accepts, separators=(",", ":"))

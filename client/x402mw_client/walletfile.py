@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from x402mw.core.amounts import Atomic
-from x402mw.core.errors import X402mwError
+from x402mw.core.errors import ConfigurationError, X402mwError
 from x402mw_client.locks import Locks
 from x402mw_client.memory import Busy, Memory, News
-from x402mw_client.schema import open_file
+from x402mw_client.schema import OPEN_SECONDS, open_file
 from x402mw_client.sessions import Call, Opening, Past, Session, Stale, as_text
 
 BLOCK_SECONDS = 0.02
@@ -63,9 +63,13 @@ class WalletFile(Memory):
         self._db = open_file(path, self._locks)
         self._me = secrets.token_hex(8)
         self._seen_change, self._seen_version, self._seen_folds = -1, -1, ""
-        self._patience, self._leaving = BLOCK_SECONDS, False
+        # Who opens the file may wait for once: nobody else does yet.
+        self._patience, self._leaving = OPEN_SECONDS, False
         try:
             self._arrive()
+        except (Busy, sqlite3.Error) as error:
+            self.close()
+            raise ConfigurationError(f"the wallet file cannot be opened: {error}") from None
         except BaseException:
             self.close()
             raise
@@ -78,7 +82,7 @@ class WalletFile(Memory):
                 # The file may be an old copy: who comes first asks alone what is missing in it.
                 self._db.execute("UPDATE sessions SET proven = 0")
             self._db.execute("INSERT INTO processes VALUES (?, 1)", (self._me,))
-        self.settings = self._read_settings()
+            self.settings = self._read_settings()
 
     def close(self) -> None:
         """Closes the file; calls that are still open are for the others, or the next, to ask about.

@@ -1,0 +1,145 @@
+"""What happens around a wallet that it did not ask for: links, forks, hooks, answers overtaken."""
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.client.scripted_escrow import ScriptedEscrow
+from tests.client.test_shared import SUBJECT, partner, sign, stuck
+from tests.client.world import LIMITS, World
+from x402mw.core.errors import ConfigurationError
+from x402mw_client import walletfile
+from x402mw_client.sessions import Stale, State
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the wallet file is."""
+    return tmp_path / "wallet.db"
+
+
+def in_a_fork(work: Callable[[], object]) -> None:
+    """Does something in a forked copy of this process."""
+    with warnings.catch_warnings():
+        # Some of pytest's plugins have threads; the copy does nothing with them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+
+
+async def test_a_renewal_that_a_top_up_overtook(world: World) -> None:
+    """The token of a top-up is not given up for one from before it: its cover would be missing."""
+    await world.get("/item/a")
+    session, (found,) = world.session, world.escrow.sessions.values()
+    renewed = world.escrow.token(found)
+    found["deposit"] += 100_000
+    topped_up = world.escrow.token(found)
+    for token in (topped_up, renewed):
+        record: Any = SimpleNamespace(
+            token=token, deposit=found["deposit"], expires_at=session.expires_at
+        )
+        world.wallet.state.purse.renew(session, record)
+    for _ in range(150):
+        assert (await world.get("/item/a")).status_code == 200
+    assert session.state is State.OPEN
+
+
+async def test_a_hook_that_fails_keeps_no_answer_back(world: World) -> None:
+    """`on_payment` may fail: the call was paid, so its caller is given the answer."""
+
+    def fail(paid: Any) -> None:
+        raise ValueError("the owner's mistake")
+
+    world.connect(LIMITS, on_payment=fail)
+    assert (await world.get("/item/a")).text == "ran 1"
+    assert world.money() == (1000, 0)
+
+
+async def test_opening_waits_for_a_change(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wallet that is opened while another process changes the file waits, within bounds."""
+    world = World("async")
+    world.connect(path=path)
+    await world.get("/item/a")
+    hold = stuck(path)
+    hold.__enter__()
+    later = threading.Timer(0.3, hold.__exit__, (None, None, None))
+    later.start()
+    assert partner(world, path=path).money() == (1000, 0)
+    later.join()
+    monkeypatch.setattr(walletfile, "OPEN_SECONDS", 0.05)
+    with stuck(path), pytest.raises(ConfigurationError, match="another process"):
+        partner(world, path=path)
+
+
+async def test_a_link_leads_to_the_same_wallet(path: Path) -> None:
+    """Processes that reach one file by different names know each other."""
+    world = World("async")
+    world.connect(path=path)
+    await world.get("/item/a")
+    sign(world, world.session)
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    other = partner(world, path=link)
+    other.wallet.state.purse.recover()
+    assert not other.session.doubtful
+
+
+async def test_forgotten_by_another_process(path: Path) -> None:
+    """A story that was about to sign in a session does not, once others closed and forgot it."""
+    world = World("async")
+    world.connect(path=path)
+    other = partner(world, path=path)
+    await world.get("/item/a")
+    session, purse = other.session, world.wallet.state.purse
+    purse.close(world.session, 1000)
+    await world.get("/item/a")
+    assert session.id not in purse.sessions
+    with pytest.raises(Stale):
+        other.wallet.state.purse.sign(session, session.offer, SUBJECT, None)
+    row = (session.id, 7, "", 1000, 0, None)
+    other.wallet._memory._db.execute("INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?)", row)  # type: ignore[attr-defined] # a wallet file
+    assert partner(world, path=path).money() == (1000, 0)
+
+
+async def test_lock_files_that_were_deleted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who deletes the lock files takes their protection away, and no answer."""
+    world = World("async")
+    world.connect(path=path)
+    honest = ScriptedEscrow._open
+
+    def delete(escrow: ScriptedEscrow, body: dict[str, Any]) -> Any:
+        for lock in path.parent.glob("*.lock"):
+            lock.unlink()
+        return honest(escrow, body)
+
+    monkeypatch.setattr(ScriptedEscrow, "_open", delete)
+    assert (await world.get("/item/a")).status_code == 200
+
+
+def test_a_forked_copy_ends_nothing(path: Path) -> None:
+    """A forked copy that closes its client or wallet takes neither sessions nor locks away."""
+    world = World("sync")
+    world.connect(path=path)
+    world.http.get("http://127.0.0.1:8402/item/a")
+    other = partner(world, path=path)
+    sign(world, world.session)
+    in_a_fork(world.http.close)
+    in_a_fork(world.wallet.close)
+    other.wallet.state.purse.recover()
+    assert not other.session.doubtful
+    other.wallet._memory.close()
+    in_a_fork(world.http.close)
+    assert world.session.state is State.OPEN
