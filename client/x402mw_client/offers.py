@@ -27,7 +27,7 @@ ORIGINS_MAX = 1024
 PLACES_MAX = 8192
 OFFERS_PER_ORIGIN_MAX = 256
 # An absolute path of its own origin and nothing else: no host, no query, no way up.
-_CONTROL = re.compile(r"/(?!/)[A-Za-z0-9._~/-]*", re.ASCII)
+CONTROL = re.compile(r"/(?!/)[A-Za-z0-9._~/-]*", re.ASCII)
 
 
 _pattern = lru_cache(maxsize=1024)(compile_template)
@@ -79,7 +79,7 @@ def read_offer(accepts: dict[str, Any], network: str, network_id: bytes) -> Offe
     constants = (requirements.scheme, requirements.network, requirements.asset)
     if constants != (SCHEME, network, USDC.code):
         raise Malformed("the offer is for another scheme, network or asset")
-    if terms.amount == 0 or terms.binding > BIND_REQUEST or not _CONTROL.fullmatch(terms.control):
+    if terms.amount == 0 or terms.binding > BIND_REQUEST or not CONTROL.fullmatch(terms.control):
         raise Malformed("the offer's amount, binding or control path cannot be used")
     if len(dumps(accepts)) > ACCEPTS_BYTES_MAX:
         raise Malformed("the offer is too long to be accepted in a header")

@@ -99,6 +99,16 @@ async def test_terms_beyond_all_bounds() -> None:
         ("https://api.example.com/x", "https://", "escrow_insecure"),
         ("https://api.example.com/x", "file:///etc/passwd", "escrow_insecure"),
         ("http://127.0.0.1:8402/x", "http://10.0.0.1:8401", "escrow_insecure"),
+        ("https://api.example.com/x", "https://me:secret@escrow.example.com", "escrow_insecure"),
+        ("https://api.example.com/x", "https://escrow.example.com/do?it=now&", "escrow_insecure"),
+        ("https://api.example.com/x", "https://escrow.example.com/do#", "escrow_insecure"),
+        ("https://api.example.com/x", "https://localhost.:8401", "escrow_local"),
+        ("https://api.example.com/x", "https://api.localhost", "escrow_local"),
+        ("https://api.example.com/x", "https://[::ffff:127.0.0.1]:8401", "escrow_local"),
+        ("https://api.example.com/x", "https://2130706433", "escrow_local"),
+        ("https://api.example.com/x", "https://0x7f.1", "escrow_local"),
+        ("https://api.example.com/x", "https://0.0.0.0", "escrow_local"),
+        ("https://api.example.com/x", "https://169.254.169.254", "escrow_local"),
     ],
 )
 async def test_the_escrow_is_asked_over_https_or_here_only(
@@ -114,6 +124,19 @@ async def test_the_escrow_is_asked_over_https_or_here_only(
         found = await check_escrow(asker, httpx.URL(provider), offered, None, None)
     assert [one.code for one in found] == [code]
     assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "control", ["@10.0.0.1:8080/admin", ".evil.example/x", ":8443/x", "//evil.example/x", "/x?y"]
+)
+async def test_a_control_path_is_a_path(control: str) -> None:
+    """Whatever an offer calls its control path, nobody but the provider's own origin is asked."""
+    extra = OFFER.accepts["extra"] | {"control": control}
+    content = {"x402Version": 2, "accepts": [OFFER.accepts | {"extra": extra}]}
+    server = Server(said(402, payment_required=encode(content).decode()))
+    diagnosis = await look(server, "https://api.example.com/quote/x")
+    assert server.asked == ["GET https://api.example.com/quote/x"]
+    assert diagnosis.findings[-1].code == "offer_malformed"
 
 
 class Dripping(httpx.AsyncByteStream):

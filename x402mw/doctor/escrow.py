@@ -1,5 +1,7 @@
 """The escrow that the terms name: reachable for buyers, the right one, and on the same time."""
 
+from ipaddress import ip_address
+
 import httpx
 
 from x402mw.core.errors import InsecureOrigin, Malformed, TokenRefused, X402mwError
@@ -25,7 +27,7 @@ async def check_escrow(
         url = check_secure(httpx.URL(offered.extra.escrow))
     except (InsecureOrigin, httpx.InvalidURL, ValueError):
         return [finding("escrow_insecure", offered.extra.escrow)]
-    if not url.host:
+    if not url.host or set("?#@") & set(offered.extra.escrow):
         return [finding("escrow_insecure", offered.extra.escrow)]
     if _is_local(url) and not _is_local(provider):
         return [finding("escrow_local", offered.extra.escrow)]
@@ -43,7 +45,16 @@ async def check_escrow(
 
 
 def _is_local(url: httpx.URL) -> bool:
-    return url.host in ("localhost", "::1") or url.host.startswith("127.")
+    """Whether a URL leads to the machine or link that it is asked from, in any spelling."""
+    host = url.host.rstrip(".")
+    try:
+        address = ip_address(host)
+    except ValueError:
+        # Resolvers also take numbers such as "2130706433" and "127.1" for addresses.
+        last = host.rpartition(".")[2]
+        return last == "localhost" or last[:1].isdigit()
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_link_local or address.is_unspecified
 
 
 def _check_clock(least: float, most: float, ahead: float | None) -> list[Finding]:

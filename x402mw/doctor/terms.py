@@ -14,6 +14,7 @@ from x402mw.core.strict import dumps, same
 from x402mw.core.terms import NETWORK_PREFIX, SCHEME
 from x402mw.doctor.asking import Answer
 from x402mw.doctor.findings import Finding, finding
+from x402mw_client.offers import CONTROL
 
 ACCEPTS_BYTES_MAX = 1400
 """A longer offer does not fit, with token and voucher, into a payment header of 4 KiB."""
@@ -91,6 +92,9 @@ def read_offer(required: PaymentRequired) -> tuple[Offered | None, list[Finding]
         requirements = validate(PaymentRequirements, ours[0])
         extra = validate(EscrowExtra, requirements.extra)
         compile_template(parse_route(extra.route)[1])
+        if not CONTROL.fullmatch(extra.control):
+            # Appended to an origin it could name another one.
+            raise Malformed(f"the control path is no path: {extra.control}")
     except (Malformed, ConfigurationError) as error:
         return None, [finding("offer_malformed", str(error))]
     found = []
