@@ -79,15 +79,17 @@ class Shopper:
             escrow_aliases=[world.escrow_from_provider],
             clock=self.board.clock("buyer"),
         )
-        for session, seq, url in self._held():
+        for (session,) in self._ask_file("SELECT id FROM sessions"):
+            self.notes.add("opened", session=f"esc_{session.hex()}")
+        for session, seq, url in self._ask_file("SELECT session, seq, url FROM calls"):
             self.notes.add("held", name_in(url), seq=seq, session=f"esc_{session.hex()}")
         self.transport = PaymentTransport(self.wallet, keep_sessions=True)
         self.http = httpx.AsyncClient(transport=self.transport, timeout=world.read_seconds)
 
-    def _held(self) -> list[tuple[bytes, int, str]]:
+    def _ask_file(self, query: str) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(self.world.folder / "wallet.db")
         try:
-            return connection.execute("SELECT session, seq, url FROM calls").fetchall()
+            return connection.execute(query).fetchall()
         finally:
             connection.close()
 
