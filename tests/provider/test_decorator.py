@@ -286,6 +286,34 @@ async def test_a_paid_call_is_one_only_within_itself(tmp_path):
             await slow(None)
 
 
+async def test_a_task_that_outlives_its_call_is_not_paid(tmp_path):
+    """What a paid call leaves running copied its context, and yet sells nothing once it ended."""
+    leave, found = asyncio.Event(), []
+
+    @priced("0.001")
+    async def deep() -> str:
+        return "deep"
+
+    async def behind() -> None:
+        found.append(await deep())
+        await leave.wait()
+        with pytest.raises(ConfigurationError, match="outside of a paid request"):
+            await deep()
+
+    @priced("0.001")
+    async def starting(request: Any) -> PlainTextResponse:
+        tasks.append(asyncio.create_task(behind()))
+        await asyncio.sleep(0)
+        return PlainTextResponse("started")
+
+    tasks: list[asyncio.Task[None]] = []
+    async with selling(Starlette(routes=[Route("/start", starting)]), {}, tmp_path) as shop:
+        assert (await paid(shop, "GET", "/start"))[0] == 200
+        leave.set()
+        await asyncio.gather(*tasks)
+    assert found == ["deep"]
+
+
 async def test_outer_middleware_sees_the_route_of_a_paid_request(tmp_path):
     """Tracing that stands in front learns the endpoint and its parameters, paid or not."""
     seen: list[Any] = []

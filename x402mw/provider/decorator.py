@@ -14,6 +14,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from x402mw.core.errors import ConfigurationError
@@ -23,8 +24,16 @@ from x402mw.provider.prices import Priced
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 Entry = Plan | Priced | Free
 
-PAYING: ContextVar[bool] = ContextVar("x402mw_paying", default=False)
-"""Whether the code that runs now runs within a paid call; set by the middleware."""
+
+@dataclass(slots=True)
+class Paying:
+    """One paid call, for as long as it `lasts`: a task that outlives it learns of its end."""
+
+    lasts: bool = True
+
+
+PAYING: ContextVar[Paying | None] = ContextVar("x402mw_paying", default=None)
+"""The paid call within which the code runs now, if it does; set by the middleware."""
 HTTP_METHODS = ("get", "head", "post", "put", "patch", "delete", "options")
 _MARK = "__x402mw_price__"
 _DEPTH_MAX = 4
@@ -172,7 +181,8 @@ def _guard(handler: Any) -> Any:
 
 
 def _check_paying(handler: Any) -> None:
-    if not PAYING.get():
+    paying = PAYING.get()
+    if paying is None or not paying.lasts:
         raise ConfigurationError(
             f"{_name(handler)} has a price but was called outside of a paid request: "
             "put PaymentMiddleware in front of its app"

@@ -24,7 +24,7 @@ from x402mw.core.amounts import ZERO
 from x402mw.core.gate import Claim, Outcome
 from x402mw.provider import answers, request
 from x402mw.provider.answers import Figures, Headers, ServedRoute
-from x402mw.provider.decorator import PAYING
+from x402mw.provider.decorator import PAYING, Paying
 from x402mw.provider.journal import Admitted, JournalUnavailable, Settled
 from x402mw.provider.meter import Payment
 from x402mw.provider.prices import STORED_BODY_BYTES_MAX
@@ -80,7 +80,8 @@ class PaidCall:
     async def _run(self, app: ASGIApp, receive: Receive) -> None:
         self.limit = asyncio.timeout(self.served.route.options.timeout_seconds)
         scope = request.paid_scope(self.scope, self.payment)
-        paying = PAYING.set(True)
+        paying = Paying()
+        before = PAYING.set(paying)
         try:
             async with self.limit:
                 await app(scope, receive, self.on_message)
@@ -93,7 +94,8 @@ class PaidCall:
         else:
             await self._end(tell=True)
         finally:
-            PAYING.reset(paying)
+            paying.lasts = False
+            PAYING.reset(before)
             request.show_route(self.scope, scope)
 
     async def on_message(self, message: Message) -> None:
