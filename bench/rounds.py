@@ -64,11 +64,19 @@ def play(
         began = time.monotonic()
         found = {cell.name: cell.run(seconds) for cell in cells}
         for cell in cells:
-            base = found[cell.base]["rate"]
-            cell.samples.append({**found[cell.name], "ratio": found[cell.name]["rate"] / base})
+            cell.samples.append(_beside(found[cell.name], found[cell.base]))
         took = time.monotonic() - began
         say(f"  round {number + 1} of {rounds}: {took:.0f} s, {_brief(cells)}")
     return {cell.name: summary(cell.samples) for cell in cells}
+
+
+def _beside(sample: dict[str, float], base: dict[str, float]) -> dict[str, float]:
+    """A sample with its ratios to the base of its round, by rate and by CPU a request."""
+    return {
+        **sample,
+        "ratio": sample["rate"] / base["rate"],
+        "cpu_ratio": base["cpu_us"] / sample["cpu_us"] if sample["cpu_us"] else 0.0,
+    }
 
 
 def _brief(cells: Iterable[Cell]) -> str:
