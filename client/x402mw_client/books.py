@@ -262,6 +262,7 @@ class Books:
     def begin(self, opening: Opening) -> None:
         """Remembers an opening; what cannot be remembered is not sent."""
         with self.changing(durable=True):
+            self.memory.come_back()
             self.memory.begin(opening)
             self.openings[opening.pays_for] = opening
 

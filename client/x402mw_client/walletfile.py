@@ -232,6 +232,11 @@ class WalletFile(Memory):
         for dead in [name for (name,) in known if name not in alive]:
             self._db.execute("UPDATE calls SET process = NULL WHERE process = ?", (dead,))
             self._db.execute("DELETE FROM processes WHERE name = ?", (dead,))
+        # Whoever lost its place in the list, by whatever accident, leaves no call behind either.
+        self._db.execute(
+            "UPDATE calls SET process = NULL"
+            " WHERE process IS NOT NULL AND process NOT IN (SELECT name FROM processes)"
+        )
 
     def doubts(self) -> Iterator[tuple[bytes, int, str, Atomic, int]]:
         yield from self._db.execute(

@@ -1,5 +1,6 @@
 """What happens around a wallet that it did not ask for: links, forks, hooks, answers overtaken."""
 
+import asyncio
 import os
 import threading
 import warnings
@@ -8,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.client.scripted_escrow import ScriptedEscrow
-from tests.client.test_shared import SUBJECT, partner, sign, stuck
+from tests.client.test_shared import SUBJECT, end, partner, sign, stuck
 from tests.client.world import LIMITS, World
 from x402mw.core.errors import ConfigurationError
 from x402mw_client import walletfile
@@ -112,6 +114,42 @@ async def test_forgotten_by_another_process(path: Path) -> None:
     row = (session.id, 7, "", 1000, 0, None)
     other.wallet._memory._db.execute("INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?)", row)  # type: ignore[attr-defined] # a wallet file
     assert partner(world, path=path).money() == (1000, 0)
+
+
+async def test_who_opens_a_session_is_back(path: Path) -> None:
+    """Who ended, and then opens a session after all, is not closed by the next one that ends."""
+    world = World("async")
+    world.connect(path=path)
+    other = partner(world, path=path)
+    await end(other)
+    opened, leave = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        answer = world.escrow(request)
+        if request.url.path == "/api/v1/escrow":
+            opened.set()
+            await leave.wait()
+        return answer
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(slow))
+    other.transport._escrow._client = client
+    calling = asyncio.create_task(other.get("/item/a"))
+    await opened.wait()
+    await end(world)
+    leave.set()
+    assert (await calling).status_code == 200
+    assert [found["status"] for found in world.escrow.sessions.values()] == ["locked"]
+
+
+async def test_calls_of_who_is_not_listed(path: Path) -> None:
+    """A process that vanished from the list of processes leaves no call that nobody asks about."""
+    world = World("async")
+    world.connect(path=path)
+    await world.get("/item/a")
+    sign(world, world.session)
+    world.wallet._memory._db.execute("DELETE FROM processes")  # type: ignore[attr-defined] # a wallet file
+    world.wallet._memory.close()
+    assert partner(world, path=path).session.doubtful
 
 
 async def test_lock_files_that_were_deleted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
