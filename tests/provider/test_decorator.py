@@ -286,6 +286,42 @@ async def test_a_paid_call_is_one_only_within_itself(tmp_path):
             await slow(None)
 
 
+async def test_heirs_of_a_priced_class_are_sold(tmp_path):
+    """A class inherits the price, and what it does instead is as guarded as what it inherits."""
+    heirs = []
+
+    class Own(HTTPEndpoint):
+        def __init_subclass__(cls, **named: Any) -> None:
+            heirs.append(cls)
+
+        async def get(self, request: Any) -> PlainTextResponse:
+            return PlainTextResponse("own")
+
+    for parent in (Things, priced("0.003")(Own)):
+
+        class Heir(parent):  # type: ignore[misc, valid-type] # any of them
+            async def get(self, request: Any) -> PlainTextResponse:
+                return PlainTextResponse("heir")
+
+            async def put(self, request: Any) -> PlainTextResponse:
+                return PlainTextResponse("new")
+
+        @free
+        class Gift(Heir):
+            async def get(self, request: Any) -> PlainTextResponse:
+                return PlainTextResponse("gift")
+
+        app = Starlette(routes=[Route("/heir", Heir), Route("/gift", Gift)])
+        for method in ("GET", "PUT"):
+            with pytest.raises(ConfigurationError, match="put PaymentMiddleware in front"):
+                await call(app, method, "/heir")
+        assert (await call(app, "GET", "/gift")).body == b"gift"
+        assert (await call(app, "PUT", "/gift")).body == b"new"
+        async with selling(Starlette(routes=[Route("/heir", Heir)]), {}, tmp_path) as shop:
+            assert await paid(shop, "GET", "/heir") == (200, b"heir", "3000")
+    assert [heir.__name__ for heir in heirs] == ["Heir", "Gift"]
+
+
 async def test_a_task_that_outlives_its_call_is_not_paid(tmp_path):
     """What a paid call leaves running copied its context, and yet sells nothing once it ended."""
     leave, found = asyncio.Event(), []

@@ -36,6 +36,7 @@ PAYING: ContextVar[Paying | None] = ContextVar("x402mw_paying", default=None)
 """The paid call within which the code runs now, if it does; set by the middleware."""
 HTTP_METHODS = ("get", "head", "post", "put", "patch", "delete", "options")
 _MARK = "__x402mw_price__"
+_GUARDED = "__x402mw_guarded__"
 _DEPTH_MAX = 4
 
 
@@ -60,6 +61,9 @@ def priced(price: str | Plan | Priced) -> Callable[[Handler], Handler]:
 def free(handler: Handler) -> Handler:
     """Marks a handler that costs nothing although others of its path do."""
     _mark(handler, FREE)
+    if inspect.isclass(handler):
+        # It may be the heir of a priced one.
+        _unguard_methods(handler)
     return handler
 
 
@@ -136,15 +140,38 @@ def _hides_price(handler: Any, depth: int) -> bool:
 
 
 def _guard_class(endpoint: Any) -> Any:
-    """Guards every method of an `HTTPEndpoint` that has no mark of its own."""
-    names = [method.lower() for method in class_methods(endpoint)]
-    if not names:
+    """Guards every method of an `HTTPEndpoint` that has no mark of its own, and of its heirs."""
+    if not class_methods(endpoint):
         raise ConfigurationError(f"{_name(endpoint)} is no HTTPEndpoint, and cannot be priced")
-    for name in names:
-        handler = getattr(endpoint, name)
-        if _mark_of(handler) is None:
-            setattr(endpoint, name, _guard(handler))
+    _guard_methods(endpoint)
+    own = vars(endpoint).get("__init_subclass__")
+
+    def guard_heir(heir: type, /, **named: Any) -> None:
+        if own is None:
+            super(endpoint, heir).__init_subclass__(**named)
+        else:
+            own.__func__(heir, **named)
+        # The price is inherited, so what an heir does instead is sold as well.
+        _guard_methods(heir)
+
+    endpoint.__init_subclass__ = classmethod(guard_heir)
     return endpoint
+
+
+def _guard_methods(endpoint: type) -> None:
+    for name in map(str.lower, class_methods(endpoint)):
+        handler = getattr(endpoint, name)
+        if _mark_of(handler) is None and not hasattr(handler, _GUARDED):
+            guarded = _guard(handler)
+            setattr(guarded, _GUARDED, True)
+            setattr(endpoint, name, guarded)
+
+
+def _unguard_methods(endpoint: type) -> None:
+    for name in map(str.lower, class_methods(endpoint)):
+        handler = getattr(endpoint, name)
+        if hasattr(handler, _GUARDED):
+            setattr(endpoint, name, handler.__wrapped__)
 
 
 def _guard(handler: Any) -> Any:
