@@ -9,10 +9,9 @@ import os
 import secrets
 from collections.abc import Callable
 
-from x402mw.core import headers
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import ConfigurationError, PaymentOutcomeUnknown
-from x402mw.core.messages import EscrowPayload, PaymentPayload
+from x402mw.core.strict import b64_encode, dumps
 from x402mw.core.vouchers import (
     BIND_BODY,
     BIND_REQUEST,
@@ -152,17 +151,15 @@ class Purse(Books):
 
     def header(self, session: Session, form: Form) -> str:
         """Writes `PAYMENT-SIGNATURE`, with the newest token: it is not part of what is signed."""
-        payment = PaymentPayload(
-            x402_version=2,
-            payload=EscrowPayload(
-                voucher=form.signed.wire,
-                token=session.token,
-                expires=form.expires,
-                binding=form.binding,
-            ),
-            accepted=form.offer.accepts,
-        )
-        return headers.encode_header(payment)
+        inner = {
+            "voucher": form.signed.wire,
+            "token": session.token,
+            "expires": form.expires,
+            "binding": form.binding,
+        }
+        # The provider's own words are the same in every payment, so they are written once.
+        written = b'{"x402Version":2,"payload":%b,"accepted":%b}'
+        return b64_encode(written % (dumps(inner), form.offer.accepted))
 
 
 def _new_seq(session: Session) -> int:

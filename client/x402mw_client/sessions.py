@@ -15,6 +15,7 @@ from typing import Any
 from x402mw.core import ids
 from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.keys import secret_key
+from x402mw.core.strict import dumps
 from x402mw.core.terms import Terms
 from x402mw.core.tokens import SessionToken, peek_session_token
 from x402mw.core.vouchers import SignedVoucher
@@ -54,13 +55,18 @@ class Past:
     worst: Atomic = ZERO
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Offer:
     """Terms that a provider offered, and its very words for them."""
 
     terms: Terms
     accepts: dict[str, Any]
     suggested: Atomic = ZERO
+
+    @cached_property
+    def accepted(self) -> bytes:
+        """Its words as JSON, as every payment repeats them."""
+        return dumps(self.accepts)
 
 
 @dataclass(frozen=True, slots=True)
