@@ -13,7 +13,7 @@ from x402mw_client.events import Events
 from x402mw_client.limits import Limits
 from x402mw_client.memory import Memory
 from x402mw_client.offers import LearntOffers, ProbeGate, normal_url, read_offer
-from x402mw_client.operations import EscrowKeys
+from x402mw_client.operations import EscrowKeys, EscrowRecord, Operation
 from x402mw_client.purse import Purse
 from x402mw_client.sessions import Offer
 from x402mw_client.waiting import Sections
@@ -58,6 +58,7 @@ class WalletState:
         self.sections = Sections(self.signal, memory)
         self.offers = LearntOffers()
         self.gate = ProbeGate()
+        self.topups: dict[bytes, Operation[EscrowRecord]] = {}
         self.network, self.network_id, self.min_escrow = "", b"", ZERO
         self._root = None if escrow_root is None else _read_key(escrow_root)
         self.recall()

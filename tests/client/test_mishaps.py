@@ -15,7 +15,7 @@ import pytest
 from tests.client.scripted_escrow import ScriptedEscrow
 from tests.client.test_shared import SUBJECT, end, partner, sign, stuck
 from tests.client.world import LIMITS, World
-from x402mw.core.errors import ConfigurationError
+from x402mw.core.errors import ConfigurationError, EscrowUnavailable
 from x402mw_client import walletfile
 from x402mw_client.sessions import Stale, State
 
@@ -57,6 +57,38 @@ async def test_a_renewal_that_a_top_up_overtook(world: World) -> None:
     for _ in range(150):
         assert (await world.get("/item/a")).status_code == 200
     assert session.state is State.OPEN
+
+
+async def test_a_lost_top_up_locks_nothing_twice(world: World) -> None:
+    """While answers of top-ups are lost the same one is sent again, not one more each time."""
+    await world.get("/item/a")
+    stored: dict[str, httpx.Response] = {}
+    losing = True
+
+    def losses(request: httpx.Request) -> httpx.Response:
+        if not request.url.path.endswith("/topup"):
+            return world.escrow(request)
+        key = request.headers["Idempotency-Key"]
+        if key not in stored:
+            stored[key] = world.escrow(request)
+        if losing:
+            raise httpx.ReadError("lost")
+        return stored[key]
+
+    inner = httpx.MockTransport(losses)
+    clients: Any = {"async": httpx.AsyncClient, "sync": httpx.Client}
+    world.transport._escrow._client = clients[world.kind](transport=inner)
+    while world.session.rest:
+        world.clock.now += 5
+        await world.get("/item/a")
+    for _ in range(2):
+        with pytest.raises(EscrowUnavailable):
+            await world.get("/item/a")
+    assert len(stored) == 1
+    losing = False
+    assert (await world.get("/item/a")).status_code == 200
+    assert world.session.deposit < 200_000
+    assert not world.wallet.state.topups
 
 
 async def test_a_hook_that_fails_keeps_no_answer_back(world: World) -> None:
