@@ -271,10 +271,6 @@ def _wallet(found: Evidence) -> Iterator[str]:
     known = {note["session"] for note in found.notes if note["e"] == "opened"} | found.wallet.keys()
     for name in found.escrows.keys() - known:
         yield f"{name} is lost: its money was locked and the wallet does not know it"
-    for row in found.held:
-        reason = found.escrows[_name(row["session"])]["close_reason"]
-        if reason != "buyer_close":
-            yield f"{row['hold']} is held for {row['url']}, and its session ended by {reason}"
     spent = found.past + sum(row["charged"] for row in found.wallet.values())
     released = sum(row["released"] for row in found.escrows.values())
     if spent != released and not found.held:

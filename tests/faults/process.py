@@ -28,7 +28,7 @@ from x402mw.escrow.serve import AnnouncingServer, run
 from x402mw.escrow.settings import Settings
 from x402mw.provider import Provider, redeemer, responder, service
 from x402mw.provider import provider as provider_module
-from x402mw.provider.journal import journal, redemption, writer
+from x402mw.provider.journal import connections, journal, redemption, sqlite, writer
 from x402mw_client import flow, operations
 
 ROOT_SEED = bytes(range(32))
@@ -162,6 +162,9 @@ def _hurry_provider() -> None:
     service.SETTLE_RETRY_SECONDS = 0.05
     journal.VOID_RETRY_SECONDS = 0.05
     writer.ROUND_SECONDS = 0.1
+    # So that a worker that is stopped for a moment loses its turn.
+    sqlite.TURN_SECONDS = 0.3
+    connections.LOCK_MS, connections.STOPPED_MS = 300, 600
     redemption.REST_SECONDS = 1
     responder.MARK_SECONDS = 0.01
     quick = partial(redeemer.Redeemer, contact_seconds=CONTACT_SECONDS, round_seconds=ROUND_SECONDS)

@@ -259,7 +259,7 @@ def main() -> int:
     parser.add_argument("--seed", default="")
     parser.add_argument("--database", choices=DATABASES, action="append")
     parser.add_argument("--focus", default="", help="a part of the label of a fault")
-    parser.add_argument("--jobs", type=int, default=max(2, os.cpu_count() or 2))
+    parser.add_argument("--jobs", type=int, default=1 + (os.cpu_count() or 1))
     parser.add_argument("--mutant", choices=MUTANTS, default="")
     parser.add_argument("--until-failure", action="store_true")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "x402mw-faults")

@@ -181,7 +181,7 @@ def _fault(dice: random.Random, database: str) -> Fault:
         case "kill":
             return Fault(family, f"kill {role}", at, _pause(dice), role)
         case "stall":
-            return Fault(family, f"stall {role}", at, dice.uniform(0.05, 0.5), role)
+            return Fault(family, f"stall {role}", at, dice.choice((0.05, 0.2, 0.5, 1.0)), role)
         case "proxy":
             return _proxied(dice, dice.choice((LINKS[0], *LINKS)), dice.choice(KINDS))
         case "clock":
@@ -206,13 +206,13 @@ def _pause(dice: random.Random) -> float:
 def _point(dice: random.Random) -> Fault:
     number = dice.randrange(len(POINTS))
     point, side = POINTS[number], dice.randrange(2)
-    action = dice.choices((Action.KILL, Action.STALL, Action.ERROR), (8, 1, 3))[0]
+    action = dice.choices((Action.KILL, Action.STALL, Action.ERROR), (8, 2, 3))[0]
     if action is Action.ERROR and not point.error:
         action = Action.KILL
     return Fault(
         "point",
         f"{point.name} {SIDES[side]}",
-        after=_pause(dice) if action is not Action.STALL else dice.uniform(0.05, 0.4),
+        after=_pause(dice) if action is not Action.STALL else dice.choice((0.05, 0.2, 0.5, 1.0)),
         role=point.role,
         point=number,
         side=side,
