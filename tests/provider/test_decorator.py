@@ -17,6 +17,7 @@ from tests.support.payments import Payment
 from tests.support.provider import Shop, selling
 from x402mw.core.errors import ConfigurationError
 from x402mw.provider import FREE, PaymentMiddleware, PerCall, PerUnit, Priced, checks, free, priced
+from x402mw.provider.decorator import find_price
 from x402mw.provider.prices import read_prices
 
 pytestmark = pytest.mark.anyio
@@ -390,6 +391,29 @@ async def test_handlers_that_yield_give_all_their_parts(tmp_path):
 
     async with selling(app, {}, tmp_path) as shop:
         assert await paid(shop, "GET", "/stream") == (200, b"one two", "1000")
+
+
+def test_an_heir_does_not_drop_a_price_unseen():
+    """A method that takes the place of a priced one without a mark stops the start; `@free` may."""
+
+    class Sold(HTTPEndpoint):
+        @priced("0.003")
+        async def get(self, request: Any) -> PlainTextResponse:
+            return PlainTextResponse("sold")
+
+    class Heir(Sold):
+        async def get(self, request: Any) -> PlainTextResponse:
+            return PlainTextResponse("for nothing")
+
+    class Gift(Sold):
+        @free
+        async def get(self, request: Any) -> PlainTextResponse:
+            return PlainTextResponse("for nothing")
+
+    for method in ("GET", "HEAD"):
+        with pytest.raises(ConfigurationError, match="takes the place of a priced method"):
+            find_price(Heir, method)
+        assert find_price(Gift, method) is FREE
 
 
 def test_a_list_is_not_needed(tmp_path):

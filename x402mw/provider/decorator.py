@@ -90,7 +90,12 @@ def find_price(endpoint: Any, method: str) -> Entry | None:
     """
     if inspect.isclass(endpoint):
         handler = _class_handler(endpoint, method)
-        return _mark_of(handler) or _mark_of(endpoint)
+        found = _mark_of(handler) or _mark_of(endpoint)
+        if found is None and any(_mark_of(_class_handler(of, method)) for of in endpoint.__mro__):
+            raise ConfigurationError(
+                f"{_name(handler)} takes the place of a priced method: give it @priced, or @free"
+            )
+        return found
     found = _mark_of(endpoint)
     if found is None and _hides_price(endpoint, _DEPTH_MAX):
         raise ConfigurationError(
