@@ -20,6 +20,7 @@ from x402mw.provider.journal import Admitted, Journal, JournalUnavailable, Settl
 from x402mw.provider.link import EscrowLink
 from x402mw.provider.redeemer import Redeemer
 from x402mw.provider.request import Origins
+from x402mw.provider.turns import Turns
 
 log = logging.getLogger("x402mw.provider")
 
@@ -77,6 +78,7 @@ class Service:
     book: Book = field(init=False)
     served: dict[tuple[str, str], ServedRoute] = field(init=False)
     running: set[tuple[bytes, int]] = field(default_factory=set)
+    turns: Turns = field(default_factory=Turns)
     _tasks: set[asyncio.Future[Any]] = field(default_factory=set)
     _stopping: bool = False
 

@@ -41,6 +41,7 @@ class PaidVisit:
         """
         service = self.service
         values = request.payment_headers(self.scope)
+        await service.turns.take()
         claim = gate.inspect(values, service.book, service.link.open_token)
         await self._bind(claim)
         who = request.credentials(self.scope)
