@@ -46,7 +46,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(7, 2.0, 500, 20_000, 100_000, 10_000, 3),
+    "full": Scale(7, 1.5, 500, 20_000, 100_000, 10_000, 3),
     "quick": Scale(3, 0.4, 100, 5_000, 5_000, 2_000, 0),
     "tiny": Scale(1, 0.01, 20, 500, 100, 50, 0),
 }
@@ -119,7 +119,12 @@ class Run:
             seconds=2 * self.scale.seconds,
         )
         self.say(f"crowd: {self.scale.crowd} calls at once on one session")
-        self.found["crowd"] = crowd.crowd(market, market.account("1000"), calls=self.scale.crowd)
+        self.found["crowd"] = crowd.crowd(
+            market,
+            market.account("1000"),
+            servers.running["bare"],
+            calls=self.scale.crowd,
+        )
 
     def _inside(self, market: Market) -> None:
         if "inside" not in self.parts:

@@ -17,9 +17,9 @@ PAID_PER_SECOND = 500
 JUNK_PER_SECOND = 1000
 
 
-def crowd(market: Market, account: Account, *, calls: int) -> dict[str, Any]:
+def crowd(market: Market, account: Account, bare: Process, *, calls: int) -> dict[str, Any]:
     """So many connections to one provider, one session, all calls in flight together."""
-    settings = market.provider("crowd")
+    settings = market.provider(f"crowd-{calls}")
     port = free_port()
     environment = {SETTINGS: json.dumps(settings)}
     arguments = ("bench.serve", "ours-fsync", str(port))
@@ -28,10 +28,14 @@ def crowd(market: Market, account: Account, *, calls: int) -> dict[str, Any]:
         requests = buyer.requests("/item", calls)
         httpx.get(f"{shop.url}/stalls")
         run = load.drive(shop.port, requests, connections=calls)
-        stall = httpx.get(f"{shop.url}/stalls").json()["stall_ms"]
+        stalls = httpx.get(f"{shop.url}/stalls").json()
         amount = int(buyer.offer("/item")["amount"])
         charged = _charged(Path(settings["journal"]))
         buyer.close()
+    plain = f"GET /item HTTP/1.1\r\nhost: 127.0.0.1:{bare.port}\r\n\r\n".encode()
+    httpx.get(f"{bare.url}/stalls")
+    load.drive(bare.port, [plain] * calls, connections=calls)
+    bare_stalls = httpx.get(f"{bare.url}/stalls").json()
     served = run.statuses["200"]
     return {
         "calls": calls,
@@ -40,7 +44,8 @@ def crowd(market: Market, account: Account, *, calls: int) -> dict[str, Any]:
         "seconds": run.seconds,
         "charged": charged,
         "charge_exact": charged == served * amount,
-        "stall_ms": stall,
+        **stalls,
+        **{f"bare_{name}": value for name, value in bare_stalls.items()},
         "p99_ms": run.percentile(0.99),
         "statuses": dict(run.statuses),
     }

@@ -124,8 +124,11 @@ def _drive(
                 continue
             latencies.append(clock() - line.began)
             statuses[answer[9:12].decode()] += 1
-            if rate or sent >= count:
+            if rate:
                 idle.append(line)
+            elif sent >= count:
+                # Nobody listens any more: a server may hang up on lines that are idle for long.
+                poll.unregister(number)
             else:
                 line.send(requests[sent])
                 sent += 1

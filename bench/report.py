@@ -182,7 +182,8 @@ def small_table(found: Found) -> str:
             (
                 f"{one['calls']:,} calls at once on one session",
                 f"{one['served']:,} served in {one['seconds']:.1f} s, longest stall "
-                f"{one['stall_ms']:.0f} ms",
+                f"{one['stall_ms']:.0f} ms ({one['stall_cpu_ms']:.0f} ms of CPU); the bare app's: "
+                f"{one['bare_stall_ms']:.0f} ms ({one['bare_stall_cpu_ms']:.0f})",
             )
         )
     return table(("measured", "figure"), rows)
