@@ -16,7 +16,7 @@ import asyncpg
 
 from tests.support.postgresql import Server, start_server
 
-JOURNAL_SCHEMA = "x402mw_journal"
+JOURNAL_SCHEMA, ESCROW_SCHEMA = "x402mw_journal", "public"
 Row = dict[str, Any]
 
 
@@ -25,26 +25,26 @@ def is_server(place: str) -> bool:
     return "://" in place
 
 
-async def read(place: str, query: str, schema: str = "public") -> list[Row]:
-    """Reads rows from either kind of place."""
+async def read(place: str, schema: str, *queries: str) -> list[list[Row]]:
+    """Reads the rows of some queries from either kind of place."""
     if not is_server(place):
         connection = sqlite3.connect(place)
         connection.row_factory = sqlite3.Row
         try:
-            return [dict(row) for row in connection.execute(query)]
+            return [[dict(row) for row in connection.execute(query)] for query in queries]
         finally:
             connection.close()
     server = await asyncpg.connect(place, server_settings={"search_path": schema})
     try:
-        return [dict(row) for row in await server.fetch(query)]
+        return [[dict(row) for row in await server.fetch(query)] for query in queries]
     finally:
         await server.close()
 
 
-def read_now(place: str, query: str, schema: str = "public") -> list[Row]:
-    """The same where no event loop may stay behind."""
+def read_now(place: str, schema: str, query: str) -> list[Row]:
+    """The same for one query, where no event loop may stay behind."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: asyncio.run(read(place, query, schema))).result()
+        return thread.submit(lambda: asyncio.run(read(place, schema, query))).result()[0]
 
 
 class Files:
@@ -76,6 +76,8 @@ class Servers:
 
     def __init__(self) -> None:
         self.server: Server = start_server(durable=False)
+        # It may be killed, and must then have what it has acknowledged.
+        self.server.execute("ALTER ROLE postgres SET synchronous_commit = on")
         self.template = self.server.new_database()
 
     def copy(self, folder: Path) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.faults import shop
-from tests.faults.databases import JOURNAL_SCHEMA, read
+from tests.faults.databases import ESCROW_SCHEMA, JOURNAL_SCHEMA, read
 from tests.faults.process import World
 from tests.faults.schedules import Schedule
 from tests.faults.shopper import expected_charge, read_notes
@@ -94,28 +94,38 @@ async def _gather(schedule: Schedule, world: World, parties: tuple[str, str]) ->
         [note for path in sorted(world.folder.glob("notes*.log")) for note in read_notes(path)],
         parties=parties,
     )
-    journal, escrow = world.journal, world.escrow_db
-    for row in await read(journal, "SELECT * FROM sessions", JOURNAL_SCHEMA):
-        found.sessions[_name(row["id"])] = row
-    for row in await read(journal, "SELECT * FROM calls", JOURNAL_SCHEMA):
-        found.calls[_name(row["session"]), row["seq"]] = row
-    found.meters = await read(journal, "SELECT * FROM meters", JOURNAL_SCHEMA)
-    (found.totals,) = await read(journal, "SELECT * FROM totals", JOURNAL_SCHEMA)
-    for row in await read(escrow, "SELECT * FROM escrows"):
-        found.escrows[row["escrow_id"]] = row
-    keys = await read(escrow, "SELECT receipt_key FROM journals")
-    found.receipt_keys = [row["receipt_key"] for row in keys]
-    balances = await read(escrow, "SELECT account, balance FROM accounts")
-    found.balances = {row["account"]: row["balance"] for row in balances}
-    found.audit = await audit(escrow)
-    wallet = str(world.folder / "wallet.db")
-    for row in await read(wallet, "SELECT * FROM sessions"):
-        found.wallet[_name(row["id"])] = row
-    found.held = await read(wallet, "SELECT * FROM calls")
-    past = await read(wallet, "SELECT value FROM settings WHERE name = 'past_charged'")
-    found.past = sum(int(row["value"]) for row in past)
-    found.openings = len(await read(wallet, "SELECT * FROM openings"))
+    await _gather_journal(found, world.journal)
+    await _gather_escrow(found, world.escrow_db)
+    await _gather_wallet(found, str(world.folder / "wallet.db"))
     return found
+
+
+async def _gather_journal(found: Evidence, place: str) -> None:
+    names = ("sessions", "calls", "meters", "totals")
+    queries = [f"SELECT * FROM {name}" for name in names]
+    sessions, calls, found.meters, totals = await read(place, JOURNAL_SCHEMA, *queries)
+    found.sessions = {_name(row["id"]): row for row in sessions}
+    found.calls = {(_name(row["session"]), row["seq"]): row for row in calls}
+    (found.totals,) = totals
+
+
+async def _gather_escrow(found: Evidence, place: str) -> None:
+    names = ("escrows", "journals", "accounts")
+    queries = [f"SELECT * FROM {name}" for name in names]
+    escrows, journals, accounts = await read(place, ESCROW_SCHEMA, *queries)
+    found.escrows = {row["escrow_id"]: row for row in escrows}
+    found.receipt_keys = [row["receipt_key"] for row in journals]
+    found.balances = {row["account"]: row["balance"] for row in accounts}
+    found.audit = await audit(place)
+
+
+async def _gather_wallet(found: Evidence, place: str) -> None:
+    names = ("sessions", "calls", "openings", "settings")
+    queries = [f"SELECT * FROM {name}" for name in names]
+    sessions, found.held, openings, settings = await read(place, "", *queries)
+    found.wallet = {_name(row["id"]): row for row in sessions}
+    found.openings = len(openings)
+    found.past = sum(int(row["value"]) for row in settings if row["name"] == "past_charged")
 
 
 def _name(session: bytes) -> str:

@@ -107,6 +107,7 @@ def draw(seed: str, setting: Setting) -> Schedule:
         faults.append(Fault("kill", "kill provider", dice.uniform(0.02, 0.2), 0.02, "provider"))
     if "stop" in needs:
         faults.append(Fault("stop", "stop provider", dice.uniform(0.05, 0.3), 0.02, "provider"))
+    crash = any(fault.label == "database crash" for fault in faults)
     links = {fault.more["link"] for fault in faults if fault.family == "proxy" and fault.more}
     return Schedule(
         seed=seed,
@@ -119,7 +120,8 @@ def draw(seed: str, setting: Setting) -> Schedule:
         proxied=frozenset(links | {link for link in LINKS if dice.random() < 0.3}),
         redeem_seconds=dice.choice((0, 0, 1, 30)),
         read_seconds=dice.choice((0.3, 1.0, 1.0, 3.0)),
-        durability=dice.choice(("fsync", "process")),
+        # What only survives its own process may be lost with the database's.
+        durability=dice.choice(("fsync", "process")) if not crash else "fsync",
         deposit="0.50" if "topup" in needs else dice.choice(("0.50", "1.00", "5.00")),
         restarts=tuple(role for role in ROLES if dice.random() < 0.4),
         gone="gone" in needs,

@@ -382,7 +382,7 @@ class Story:
             "SELECT coalesce(sum(charged), 0) AS owed FROM sessions"
             " WHERE charged > redeemed AND charged > released AND written_off IS NULL"
         )
-        (row,) = read_now(self.world.journal, query, JOURNAL_SCHEMA)
+        (row,) = read_now(self.world.journal, JOURNAL_SCHEMA, query)
         return int(row["owed"])
 
     def _pass_time(self, *, armed: bool) -> None:
