@@ -4,6 +4,7 @@ import asyncio
 import gc
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -20,6 +21,7 @@ from tests.support.crowd import open_crowd
 from tests.support.escrow import ROOT_SEED, MovingClock
 from x402mw.core.amounts import AMOUNT_MAX, Atomic
 from x402mw.escrow import agents, deadlines, schema, sessions
+from x402mw.escrow.books import audit
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.rows import find_escrow
 from x402mw.escrow.settings import Settings
@@ -228,3 +230,42 @@ async def test_what_a_rule_changes_is_written(db: str) -> None:
                 row = (await connection.execute(select(schema.escrows))).one()
     assert len(made) == 5
     assert dict(row._mapping) == made[-1]._asdict()
+
+
+# The thread that writes. SQLite only.
+
+
+async def test_an_operation_that_would_wait_for_others_changes_nothing(tmp_path: Path) -> None:
+    """I10: in the writer's thread nothing but the database is waited for; what does is undone."""
+
+    async def work(tx: Transaction) -> dict[str, object]:
+        registered = await agents.register(tx, "rich")
+        await asyncio.sleep(0)
+        return registered
+
+    async with ledger_at(str(tmp_path / "escrow.db")) as ledger:
+        before = await rows_of(ledger)
+        with pytest.raises(RuntimeError, match="waits"):
+            await ledger.perform(work, caller=None)
+        assert await rows_of(ledger) == before
+
+
+async def test_who_gives_up_waiting_leaves_whole_transactions(tmp_path: Path) -> None:
+    """I10: a cancelled caller's operation is booked in full, and the next one waits its turn."""
+
+    async def work(tx: Transaction) -> dict[str, object]:
+        started.set()
+        time.sleep(0.1)  # noqa: ASYNC251 (it blocks the writer's thread on purpose)
+        return await agents.register(tx, "first")
+
+    started = threading.Event()
+    async with ledger_at(str(tmp_path / "escrow.db")) as ledger:
+        cancelled = asyncio.create_task(ledger.perform(work, caller=None))
+        await asyncio.to_thread(started.wait, 30)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        second = await ledger.perform(lambda tx: agents.register(tx, "second"), caller=None)
+        assert second.status == 200
+        assert len((await rows_of(ledger))["agents"]) == 2
+        assert await audit(ledger.settings.database_url) == []

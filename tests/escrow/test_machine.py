@@ -68,9 +68,9 @@ class World:
     async def start(self) -> None:
         """Registers two buyers with money and two providers with journals."""
         self.ledger = await open_ledger(Settings(self.url, ROOT_SEED), self.clock, serving=True)
-        engine = self.ledger._engine.sync_engine
-        if engine.dialect.name == "sqlite":
-            event.listen(engine, "connect", lambda db, _: db.execute("PRAGMA synchronous = OFF"))
+        if self.ledger._thread is not None:
+            for engine in (self.ledger._engine.sync_engine, self.ledger._thread._blocking):
+                event.listen(engine, "connect", lambda db, _: db.execute("PRAGMA synchronous=OFF"))
         async with self.ledger.write() as tx:
             for number in range(2):
                 buyer = (await agents.register(tx, "buyer"))["agent_id"]

@@ -14,7 +14,7 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, event, inspect, make_url
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -81,6 +81,17 @@ def open_engine(url: str) -> AsyncEngine:
         return create_async_engine(normal_url(url), **options)
     except ImportError:
         raise ConfigurationError('PostgreSQL needs: pip install "x402mw[postgres]"') from None
+
+
+def open_blocking(engine: AsyncEngine) -> Engine | None:
+    """The same SQLite file for a thread that may block; None where asyncio speaks to a server."""
+    if engine.driver != "aiosqlite":
+        return None
+    options: dict[str, Any] = {"hide_parameters": True, "logging_name": LOGGING_NAME}
+    url = engine.url.set(drivername="sqlite+pysqlite")
+    blocking = create_engine(url, pool_size=1, max_overflow=0, **options)
+    _prepare_sqlite(blocking)
+    return blocking
 
 
 def _keep_values_from_logs() -> None:

@@ -22,6 +22,7 @@ from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules import FAUCET, HOUSE, WORLD, InvalidState
 from x402mw.escrow.settings import Settings
+from x402mw.escrow.thread import WriterThread
 from x402mw.escrow.transactions import Transaction
 
 Clock = Callable[[], float]
@@ -43,6 +44,8 @@ class Ledger:
         self.settings = settings
         self.signer = Signer(settings)
         self._engine = engine
+        blocking = database.open_blocking(engine)
+        self._thread = WriterThread(engine, blocking) if blocking else None
         self._clock = clock
         self._serving = serving
         # Our own writers queue here in order, instead of polling for the database's lock.
@@ -62,16 +65,24 @@ class Ledger:
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:
         """The one writing transaction; commits at the end, or not at all."""
-        async with self._writer, self._engine.begin() as connection:
-            tx = await Transaction.begin(
-                connection, now=self.now(), settings=self.settings, signer=self.signer
-            )
-            await self.signer.refresh(connection, tx.service.key_serial)
-            if self._serving:
-                await deadlines.beat(tx)
-                await tx.flush()
+        async with (
+            self._writer,
+            self._engine.begin() as connection,
+            self._transaction(connection) as tx,
+        ):
             yield tx
+
+    @asynccontextmanager
+    async def _transaction(self, connection: AsyncConnection) -> AsyncIterator[Transaction]:
+        tx = await Transaction.begin(
+            connection, now=self.now(), settings=self.settings, signer=self.signer
+        )
+        await self.signer.refresh(connection, tx.service.key_serial)
+        if self._serving:
+            await deadlines.beat(tx)
             await tx.flush()
+        yield tx
+        await tx.flush()
 
     async def perform(
         self, operation: Operation, *, caller: str | None, key: Key | None = None, status: int = 200
@@ -80,12 +91,26 @@ class Ledger:
         with self._alone(key):
             for attempts_left in reversed(range(ATTEMPTS_MAX)):
                 try:
-                    async with self.write() as tx:
-                        return await _answer(tx, operation, caller, key, status)
+                    return await self._decide(
+                        lambda tx: _answer(tx, operation, caller, key, status)
+                    )
                 except DBAPIError as error:
                     if not (attempts_left and database.is_conflict(error)):
                         raise
         raise AssertionError("the last attempt returns or raises")
+
+    async def _decide(self, work: Callable[[Transaction], Awaitable[Answer]]) -> Answer:
+        """Does some work in the writing transaction; on SQLite all of it in one thread."""
+        if self._thread is None:
+            async with self.write() as tx:
+                return await work(tx)
+
+        async def within(connection: AsyncConnection) -> Answer:
+            async with self._transaction(connection) as tx:
+                return await work(tx)
+
+        async with self._writer:
+            return await self._thread.transact(within)
 
     @contextmanager
     def _alone(self, key: Key | None) -> Iterator[None]:
@@ -132,6 +157,8 @@ class Ledger:
 
     async def close(self) -> None:
         """Lets go of the database."""
+        if self._thread is not None:
+            await self._thread.close()
         await self._engine.dispose()
 
 

@@ -3,16 +3,21 @@
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
 from x402mw.escrow.rules import Escrow
 
+# Made once: to build a statement costs more than to run it.
+_ONE = select(schema.escrows).where(schema.escrows.c.escrow_id == bindparam("wanted"))
 
-async def fetch_escrows(connection: AsyncConnection, query: Select[Any]) -> list[Escrow]:
+
+async def fetch_escrows(
+    connection: AsyncConnection, query: Select[Any], values: dict[str, Any] | None = None
+) -> list[Escrow]:
     """Runs a query for whole rows of `escrows`."""
-    rows = await connection.execute(query)
+    rows = await connection.execute(query, values)
     names = list(rows.keys())
     in_order = itemgetter(*map(names.index, Escrow._fields))
     return [Escrow._make(in_order(row)) for row in rows]
@@ -20,8 +25,7 @@ async def fetch_escrows(connection: AsyncConnection, query: Select[Any]) -> list
 
 async def find_escrow(connection: AsyncConnection, escrow_id: str) -> Escrow | None:
     """The escrow with this id, if there is one."""
-    query = select(schema.escrows).where(schema.escrows.c.escrow_id == escrow_id)
-    found = await fetch_escrows(connection, query)
+    found = await fetch_escrows(connection, _ONE, {"wanted": escrow_id})
     return found[0] if found else None
 
 

@@ -7,11 +7,11 @@ operation therefore leaves no row different (I10).
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
@@ -43,6 +43,11 @@ class Service:
     key_serial: int
 
 
+_LOCK = select(schema.service).with_for_update()
+# Which service this is stays as it was; the key comes last, as `update_rows` wants it.
+_HEADS = tuple(field.name for field in fields(Service))[3:]
+
+
 class Transaction:
     """What an operation sees: the moment `now` (whole seconds), the service row, and the rows."""
 
@@ -71,7 +76,7 @@ class Transaction:
     ) -> "Transaction":
         """Takes the writer's lock and reads the service row."""
         # On SQLite BEGIN IMMEDIATE has taken it already, and FOR UPDATE is left out.
-        row = (await connection.execute(select(schema.service).with_for_update())).one()
+        row = (await connection.execute(_LOCK)).one()
         service = Service(**row._mapping)  # noqa: SLF001 (its documented name)
         return cls(connection, service, now=now, settings=settings, signer=signer)
 
@@ -139,7 +144,8 @@ class Transaction:
         changed = list(map(_CHANGES, self._changed_escrows.values()))
         await update_rows(self.connection, schema.escrows, "escrow_id", CHANGING, changed)
         if self.service != self._clean:
-            await self.connection.execute(update(schema.service).values(**asdict(self.service)))
+            heads = (*astuple(self.service)[3:], self.service.id)
+            await update_rows(self.connection, schema.service, "id", _HEADS, [heads])
         self._clean = replace(self.service)
         self.discard()
 
