@@ -67,14 +67,15 @@ class _Row:
         )
 
 
-# The first row that fits decides. A reason stands only beside a row of 409 or 410, or a refusal.
+_NOT_AGAIN: Final = (409, 410)
+# The first row that fits decides. A reason counts only beside its status, or with a refusal.
 _WITH_WORD: Final = (
-    _Row(Verdict.RUNNING, reason="running"),
-    _Row(Verdict.OTHER_FORM, reason="seq_used"),
-    _Row(Verdict.GONE, reason="outcome_gone"),
-    _Row(Verdict.GONE, reason="credentials"),
-    _Row(Verdict.FORGOTTEN, reason="forgotten"),
-    _Row(Verdict.REPLACED, reason="journal_replaced"),
+    _Row(Verdict.RUNNING, reason="running", statuses=_NOT_AGAIN),
+    _Row(Verdict.OTHER_FORM, reason="seq_used", statuses=_NOT_AGAIN),
+    _Row(Verdict.GONE, reason="outcome_gone", statuses=_NOT_AGAIN),
+    _Row(Verdict.GONE, reason="credentials", statuses=_NOT_AGAIN),
+    _Row(Verdict.FORGOTTEN, reason="forgotten", statuses=_NOT_AGAIN),
+    _Row(Verdict.REPLACED, reason="journal_replaced", statuses=_NOT_AGAIN),
     _Row(Verdict.RUNNING, state="running"),
     _Row(Verdict.OPEN, state="open"),
     _Row(Verdict.SETTLED, state="settled"),

@@ -299,3 +299,12 @@ async def test_forms_show_no_voucher(world: World) -> None:
     assert call.forms[0].signed.wire not in text
     assert call.forms[0].signed.signature.hex() not in text
     assert repr(call.forms[0].signed.signature) not in text
+
+
+async def test_a_reason_counts_only_with_its_status(world: World) -> None:
+    """A 200 that names a replaced journal moves no second session to pay: the answer stands."""
+    await world.get("/item/a")
+    told = world.provider.says(200, "settled", reason="journal_replaced")
+    world.provider.script = [told]
+    assert (await world.get("/item/a")).status_code == 200
+    assert len(world.escrow.sessions) == 1
