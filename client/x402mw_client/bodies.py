@@ -40,18 +40,17 @@ class _OneBody(httpx.AsyncByteStream, httpx.SyncByteStream):
 def message(outgoing: Outgoing, signature: str | None) -> httpx.Request:
     """One sending of the caller's request; the caller's own object is never touched."""
     request = outgoing.request
-    # A request that came with a payment of its own is never paid for here, so none is doubled.
-    found = list(request.headers.raw)
-    if signature is not None:
-        found.append((headers.PAYMENT_SIGNATURE.encode(), signature.encode()))
     body = outgoing.content
-    return httpx.Request(
+    sent = httpx.Request(
         request.method,
         request.url,
-        headers=found,
+        headers=request.headers,
         stream=_OneBody(outgoing) if body is None else httpx.ByteStream(body),
         extensions=request.extensions,
     )
+    if signature is not None:
+        sent.headers[headers.PAYMENT_SIGNATURE] = signature
+    return sent
 
 
 def control_message(step: Control) -> httpx.Request:
@@ -124,7 +123,7 @@ def _whole(answer: httpx.Response, content: bytes) -> httpx.Response:
     return httpx.Response(answer.status_code, headers=kept, content=content)
 
 
-async def read_request_async(request: httpx.Request, limit: int) -> Outgoing:
+async def read_request_async(request: httpx.Request, origin: str, limit: int) -> Outgoing:
     """Reads a request's body up to `limit` bytes; a longer one can be sent only once."""
     stream = aiter(request.stream)  # type: ignore[arg-type]  # httpx has checked its kind
     taken: list[bytes] = []
@@ -133,11 +132,11 @@ async def read_request_async(request: httpx.Request, limit: int) -> Outgoing:
         taken.append(chunk)
         size += len(chunk)
         if size > limit:
-            return Outgoing(request, None, _chain_async(taken, stream))
-    return Outgoing(request, b"".join(taken))
+            return Outgoing(request, origin, None, _chain_async(taken, stream))
+    return Outgoing(request, origin, b"".join(taken))
 
 
-def read_request(request: httpx.Request, limit: int) -> Outgoing:
+def read_request(request: httpx.Request, origin: str, limit: int) -> Outgoing:
     """The same for plain code."""
     stream = iter(request.stream)  # type: ignore[arg-type]  # httpx has checked its kind
     taken: list[bytes] = []
@@ -146,8 +145,8 @@ def read_request(request: httpx.Request, limit: int) -> Outgoing:
         taken.append(chunk)
         size += len(chunk)
         if size > limit:
-            return Outgoing(request, None, _chain(taken, stream))
-    return Outgoing(request, b"".join(taken))
+            return Outgoing(request, origin, None, _chain(taken, stream))
+    return Outgoing(request, origin, b"".join(taken))
 
 
 async def _chain_async(taken: list[bytes], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -5,8 +5,7 @@ of them is ever a key, token, voucher, header or query.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from x402mw.core import telemetry as figures
 from x402mw.core.amounts import USDC, Atomic, display
@@ -41,8 +40,10 @@ class Events:
             outcome = "paid" if charge else "not_charged"
             self._telemetry.add(figures.CALLS, 1, outcome=outcome)
             self._telemetry.add(figures.SPENT, charge, asset=USDC.code)
-        text = f"paid {display(charge)} for {call.url} ({call.session.name})"
-        tell(logging.INFO, "paid", text, session=call.session.name, amount=charge, asset=USDC.code)
+        if log.isEnabledFor(logging.INFO):
+            name = call.session.name
+            text = f"paid {display(charge)} for {call.url} ({name})"
+            tell(logging.INFO, "paid", text, session=name, amount=charge, asset=USDC.code)
         if self._on_payment is not None:
             try:
                 self._on_payment(call.paid)
@@ -73,18 +74,13 @@ class Events:
         text = f"{verb} session {session.name}: it has {display(session.deposit)}"
         tell(logging.INFO, event, text, session=session.name, amount=amount, asset=USDC.code)
 
-    @contextmanager
-    def following(self, origin: str) -> Iterator[None]:
-        """Takes note of how a call ends that is not paid as it should be."""
-        try:
-            yield
-        except X402mwError as error:
-            if self._telemetry is not None:
-                self._telemetry.add(figures.CALLS, 1, outcome=error.code)
-            level, event, reason = _judge(error)
-            text = f"a call to {origin} ended: {error}"
-            tell(level, event, text, origin=origin, reason=reason)
-            raise
+    def ended(self, origin: str, error: X402mwError) -> None:
+        """A call was not paid as it should be."""
+        if self._telemetry is not None:
+            self._telemetry.add(figures.CALLS, 1, outcome=error.code)
+        level, event, reason = _judge(error)
+        text = f"a call to {origin} ended: {error}"
+        tell(level, event, text, origin=origin, reason=reason)
 
 
 def _judge(error: X402mwError) -> tuple[int, str, str]:

@@ -178,7 +178,7 @@ class Payment:
         self.sendings += 1
         try:
             answer: httpx.Response = yield Send(self.wallet.purse.header(call.session, form))
-            if self.request.replayable and answers.is_short(answer) and not answer.is_closed:
+            if self.request.replayable and not answer.is_closed and answers.is_short(answer):
                 # One that breaks off in its body is as lost as one that never came.
                 yield Take(answer)
         except NOT_SENT:

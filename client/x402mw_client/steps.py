@@ -120,18 +120,17 @@ class Outgoing:
     """
 
     request: httpx.Request
+    origin: str
     content: bytes | None
     stream: AsyncIterator[bytes] | Iterator[bytes] | None = None
 
     def __post_init__(self) -> None:
-        url = self.request.url
+        url, origin = self.request.url, self.origin
         self.method = self.request.method
-        self.origin = origin_of(url)
         self.path = url.path
-        self.target = url.raw_path.decode("ascii").removesuffix("?")
+        target = url.raw_path.decode("ascii").removesuffix("?")
         body_hash = None if self.content is None else hashlib.sha256(self.content).digest()
-        url_without_query = f"{self.origin}{url.path}"
-        self.subject = Subject(self.method, self.origin, self.target, body_hash, url_without_query)
+        self.subject = Subject(self.method, origin, target, body_hash, origin + self.path)
 
     @property
     def replayable(self) -> bool:

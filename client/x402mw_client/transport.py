@@ -4,6 +4,7 @@ import asyncio
 
 import httpx
 
+from x402mw.core.errors import X402mwError
 from x402mw_client.aside import AsyncAside, SyncAside
 from x402mw_client.bodies import read_request, read_request_async
 from x402mw_client.closing import close_all
@@ -17,12 +18,11 @@ from x402mw_client.wallet import Wallet
 _ORIGIN = "x402mw_origin"
 
 
-def _may_pay(request: httpx.Request) -> bool:
+def _may_pay(request: httpx.Request, origin: str) -> bool:
     """Whether a request is the caller's own: a redirect to another origin is never paid for.
 
     httpx copies `extensions` to the requests that follow a redirect, so the first origin stays.
     """
-    origin = origin_of(request.url)
     first = request.extensions.setdefault(_ORIGIN, origin)
     return bool(first == origin) and "PAYMENT-SIGNATURE" not in request.headers
 
@@ -57,21 +57,28 @@ class PaymentTransport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Sends a request and pays for it if need be; raises the errors of `x402mw_client`."""
-        if not _may_pay(request):
+        origin = origin_of(request.url)
+        if not _may_pay(request, origin):
             return await self._inner.handle_async_request(request)
         wallet = self._wallet.state
-        with wallet.events.following(origin_of(request.url)):
-            outgoing = await read_request_async(request, wallet.buffer_limit)
+        try:
+            outgoing = await read_request_async(request, origin, wallet.buffer_limit)
             async with self._turns:
                 answer = await self._driver.run(fetch(wallet, outgoing), outgoing)
+        except X402mwError as error:
+            wallet.events.ended(origin, error)
+            raise
         for session in wallet.purse.receipts_due():
             self._aside.tell(fetch_receipt(wallet, session))
         return answer
 
     async def resume(self, payment: Payment) -> httpx.Response:
         """Carries on a payment whose outcome was unknown (`PaymentHandle.resume`)."""
-        with self._wallet.state.events.following(payment.request.origin):
+        try:
             answer = await self._driver.run(payment.resume(), payment.request)
+        except X402mwError as error:
+            self._wallet.state.events.ended(payment.request.origin, error)
+            raise
         answer.request = payment.request.request
         await answer.aread()
         return answer
@@ -108,20 +115,27 @@ class SyncPaymentTransport(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Sends a request and pays for it if need be; raises the errors of `x402mw_client`."""
-        if not _may_pay(request):
+        origin = origin_of(request.url)
+        if not _may_pay(request, origin):
             return self._inner.handle_request(request)
         wallet = self._wallet.state
-        with wallet.events.following(origin_of(request.url)):
-            outgoing = read_request(request, wallet.buffer_limit)
+        try:
+            outgoing = read_request(request, origin, wallet.buffer_limit)
             answer = self._driver.run(fetch(wallet, outgoing), outgoing)
+        except X402mwError as error:
+            wallet.events.ended(origin, error)
+            raise
         for session in wallet.purse.receipts_due():
             self._aside.tell(fetch_receipt(wallet, session))
         return answer
 
     def resume(self, payment: Payment) -> httpx.Response:
         """Carries on a payment whose outcome was unknown (`PaymentHandle.resume_sync`)."""
-        with self._wallet.state.events.following(payment.request.origin):
+        try:
             answer = self._driver.run(payment.resume(), payment.request)
+        except X402mwError as error:
+            self._wallet.state.events.ended(payment.request.origin, error)
+            raise
         answer.request = payment.request.request
         answer.read()
         return answer
