@@ -5,6 +5,7 @@ file of its own that is deleted by its holder, so nothing piles up. The wallet f
 opened here: closing any descriptor of it would drop the locks that SQLite keeps on it.
 """
 
+import glob
 import hashlib
 import os
 
@@ -40,7 +41,7 @@ class Locks:
             if not _try(found):
                 os.close(found)
                 return False
-            if self._is_current(found, name):
+            if _is_current(found, self._file(name)):
                 self._held[name] = found
                 return True
             # Its holder deleted it between our two steps.
@@ -50,7 +51,7 @@ class Locks:
         """Gives a lock back; a forked copy of this process has none of its own to give."""
         found = self._held.pop(name)
         if os.getpid() == self._process:
-            if self._is_current(found, name):
+            if _is_current(found, self._file(name)):
                 os.unlink(self._file(name))
             # A forked copy may still have the descriptor.
             fcntl.flock(found, fcntl.LOCK_UN)
@@ -58,29 +59,38 @@ class Locks:
 
     def is_free(self, name: object) -> bool:
         """Whether nobody holds a lock."""
-        try:
-            found = os.open(self._file(name), os.O_RDWR)
-        except FileNotFoundError:
-            return True
-        free = _try(found)
-        if free and self._is_current(found, name):
-            os.unlink(self._file(name))
-        os.close(found)
-        return free
+        return _tidy(self._file(name))
 
     def close(self) -> None:
-        """Gives all locks back."""
+        """Gives all locks back, and deletes the files of those whom dead processes had."""
         for name in list(self._held):
             self.release(name)
+        if os.getpid() == self._process:
+            for left in glob.glob(f"{glob.escape(self._path)}.*.lock"):
+                _tidy(left)
 
     def _file(self, name: object) -> str:
         return f"{self._path}.{hashlib.sha256(repr(name).encode()).hexdigest()[:16]}.lock"
 
-    def _is_current(self, descriptor: int, name: object) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._file(name)))
-        except FileNotFoundError:
-            return False
+
+def _tidy(file: str) -> bool:
+    """Whether nobody holds the lock of a file; then the file is deleted."""
+    try:
+        found = os.open(file, os.O_RDWR)
+    except FileNotFoundError:
+        return True
+    free = _try(found)
+    if free and _is_current(found, file):
+        os.unlink(file)
+    os.close(found)
+    return free
+
+
+def _is_current(descriptor: int, file: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 def _try(descriptor: int) -> bool:

@@ -75,7 +75,8 @@ class WalletFile(Memory):
             raise
 
     def _arrive(self) -> None:
-        self._locks.take(self._me)
+        while not self._locks.take(self._me):
+            pass  # Somebody who leaves is just looking whether this lock is anybody's.
         with self.transaction():
             self.recover()
             if not self._others():

@@ -17,6 +17,7 @@ from tests.client.test_shared import SUBJECT, end, partner, sign, stuck
 from tests.client.world import LIMITS, World
 from x402mw.core.errors import ConfigurationError, EscrowUnavailable
 from x402mw_client import walletfile
+from x402mw_client.locks import Locks
 from x402mw_client.sessions import Stale, State
 
 pytestmark = pytest.mark.anyio
@@ -182,6 +183,18 @@ async def test_calls_of_who_is_not_listed(path: Path) -> None:
     world.wallet._memory._db.execute("DELETE FROM processes")  # type: ignore[attr-defined] # a wallet file
     world.wallet._memory.close()
     assert partner(world, path=path).session.doubtful
+
+
+async def test_lock_files_of_the_dead_go(path: Path) -> None:
+    """Who closes a wallet deletes the lock files that dead processes left, and no others."""
+    first, second = Locks(path), Locks(path)
+    assert first.take("living")
+    (path.parent / f"{path.name}.0123456789abcdef.lock").touch()
+    second.close()
+    assert [lock.name for lock in path.parent.glob("*.lock")] == [Path(first._file("living")).name]
+    assert not second.take("living")
+    first.close()
+    assert not list(path.parent.glob("*.lock"))
 
 
 async def test_lock_files_that_were_deleted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
