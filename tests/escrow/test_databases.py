@@ -13,14 +13,20 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+)
 
 import x402mw.escrow
 from tests.escrow.market import code_of, market
 from tests.support.crowd import open_crowd
 from tests.support.escrow import ROOT_SEED, MovingClock
 from x402mw.core.amounts import AMOUNT_MAX, Atomic
-from x402mw.escrow import agents, deadlines, schema, sessions
+from x402mw.escrow import agents, database, deadlines, schema, sessions
 from x402mw.escrow.books import audit
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.rows import find_escrow
@@ -269,3 +275,10 @@ async def test_who_gives_up_waiting_leaves_whole_transactions(tmp_path: Path) ->
         assert second.status == 200
         assert len((await rows_of(ledger))["agents"]) == 2
         assert await audit(ledger.settings.database_url) == []
+
+
+@pytest.mark.parametrize("kind", [InternalError, InterfaceError, OperationalError])
+def test_a_driver_at_a_loss_is_unavailable(kind: type[DBAPIError]) -> None:
+    """Whatever a driver calls a server that it lost, the answer is 503 and not 500."""
+    assert database.is_unavailable(kind("SELECT 1", {}, Exception("another operation")))
+    assert not database.is_unavailable(IntegrityError("SELECT 1", {}, Exception("a row")))

@@ -15,7 +15,13 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -210,7 +216,9 @@ def is_unavailable(error: BaseException) -> bool:
             return True
         if state[:2] in _AWAY_CLASSES or state == _READ_ONLY or is_conflict(error):
             return True
-    return isinstance(error, (OperationalError, InterfaceError, PoolTimeout, OSError))
+    # A driver that lost its server in mid-word may call that an internal error.
+    away = (OperationalError, InterfaceError, InternalError, PoolTimeout, OSError)
+    return isinstance(error, away)
 
 
 def _sqlstate(error: DBAPIError) -> str:
