@@ -13,7 +13,7 @@ from enum import IntEnum
 ROLES = ("buyer", "provider", "escrow")
 SIDES = ("before", "after")
 CELLS = 1024
-_CLOCKS, _SETTLING, _GONE, _ARMED, _HITS = 0, 3, 4, 8, 256
+_CLOCKS, _SETTLING, _GONE, _DEARER, _ARMED, _HITS = 0, 3, 4, 5, 8, 256
 _SLOTS, _WIDTH = 8, 8
 _POINT, _SIDE, _NTH, _ACTION, _SEEN, _FIRED = range(6)
 
@@ -82,6 +82,15 @@ class Board:
     @provider_gone.setter
     def provider_gone(self, value: bool) -> None:
         self._cells[_GONE] = int(value)
+
+    @property
+    def dearer(self) -> bool:
+        """Whether a provider that starts now starts with higher prices."""
+        return bool(self._cells[_DEARER])
+
+    @dearer.setter
+    def dearer(self, value: bool) -> None:
+        self._cells[_DEARER] = int(value)
 
     # Failpoints.
 

@@ -197,6 +197,7 @@ class Lane:
             durability=schedule.durability,
             read_seconds=schedule.read_seconds,
             deposit=schedule.deposit,
+            threads=schedule.threads,
         )
 
     def route(self, workers: int, faults: list[Fault]) -> None:

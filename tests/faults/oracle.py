@@ -16,7 +16,7 @@ from tests.faults import shop
 from tests.faults.databases import ESCROW_SCHEMA, JOURNAL_SCHEMA, read
 from tests.faults.process import World
 from tests.faults.schedules import Schedule
-from tests.faults.shopper import expected_charge, read_notes
+from tests.faults.shopper import expected_charges, read_notes
 from x402mw.core.errors import TokenRefused
 from x402mw.core.keys import PUBLIC_KEY_BYTES
 from x402mw.core.strict import b64url_decode
@@ -177,9 +177,9 @@ def _answer(found: Evidence, name: str, end: Row) -> Iterator[str]:
         if end["status"] == 200 and not spoiled and step["kind"] in ("item", "words"):
             yield f"{name} has an answer that is not its own: {end['body']!r}"
         return
-    wanted = expected_charge(step["kind"], end["status"], step["size"])
-    if wanted is not None and end["charge"] not in (None, wanted):
-        yield f"{name} cost {end['charge']} instead of {wanted}"
+    wanted = expected_charges(step["kind"], end["status"], step["size"])
+    if wanted and end["charge"] not in (None, *wanted):
+        yield f"{name} cost {end['charge']} instead of {wanted[0]}"
 
 
 def _is_whole(name: str, step: Row, end: Row) -> bool:
@@ -219,6 +219,10 @@ def _calls(found: Evidence) -> Iterator[str]:
             yield f"a call that the buyer never signed is in the journal (charge {row['charge']})"
         elif row["charge"] and not found.executions[names[key]]:
             yield f"{names[key]} cost {row['charge']} and never ran"
+    for name, end in found.ends().items():
+        charged = sum(row["charge"] for key, row in found.calls.items() if names.get(key) == name)
+        if charged and (end["outcome"] == "not sent" or end.get("moved") == "NO"):
+            yield f"{name} cost {charged}, and its caller was told that no money had moved"
     signed = Counter(names.values())
     rows = Counter(names[key] for key in found.calls if key in names)
     for name, count in rows.items():

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +25,10 @@ from tests.faults import mutants, points, shop, shopper
 from tests.faults.board import Board
 from x402mw.core.amounts import to_atomic
 from x402mw.escrow.api import create_app
+from x402mw.escrow.ledger import visit_ledger
 from x402mw.escrow.serve import AnnouncingServer, run
 from x402mw.escrow.settings import Settings
-from x402mw.provider import Provider, redeemer, responder, service
+from x402mw.provider import Provider, link, redeemer, responder, service
 from x402mw.provider import provider as provider_module
 from x402mw.provider.journal import connections, journal, redemption, sqlite, writer
 from x402mw_client import flow, operations
@@ -63,6 +65,7 @@ class World:
     durability: str
     read_seconds: float
     deposit: str
+    threads: bool = False
     mutant: str = ""
 
 
@@ -85,6 +88,16 @@ def escrow(world: World, board: Board, ready: int) -> None:
         os._exit(3)
 
 
+def rotate_keys(world: World, board: Board) -> None:
+    """Does what `x402mw escrow rotate-key` does beside a running service."""
+
+    async def rotate() -> None:
+        async with visit_ledger(settings_of(world.escrow_db), board.clock("escrow")) as ledger:
+            await ledger.rotate_keys()
+
+    asyncio.run(rotate())
+
+
 def provider(world: World, board: Board, ready: int, worker: int) -> None:
     """Serves one worker of the shop until a signal."""
     _begin(board, "provider", world)
@@ -100,7 +113,7 @@ def provider(world: World, board: Board, ready: int, worker: int) -> None:
         clock=board.clock("provider"),
     )
     config = uvicorn.Config(
-        shop.make_app(selling),
+        shop.make_app(selling, dearer=board.dearer),
         # A handler of the shop fails on purpose, and uvicorn would write that down each time.
         log_level="critical",
         access_log=False,
@@ -122,7 +135,7 @@ def buyer(world: World, board: Board, ready: int, script: dict[str, Any]) -> Non
     _begin(board, "buyer", world)
     operations.PAUSES_SECONDS = (0.0, 0.02, 0.1)
     flow.TURN_SECONDS = 1.0
-    asyncio.sleep = _hasten(asyncio.sleep)
+    asyncio.sleep, time.sleep = _hasten(asyncio.sleep), _hasten_plain(time.sleep)
     asyncio.run(shopper.shop(world, board, script, partial(_announce, ready)))
 
 
@@ -158,6 +171,7 @@ def _listen(port: int) -> socket.socket:
 def _hurry_provider() -> None:
     """Intervals fit for a schedule of a second."""
     operations.PAUSES_SECONDS = (0.0, 0.02, 0.1)
+    link.REFRESH_SECONDS = 0  # type: ignore[assignment]  # whole seconds are for people
     redeemer.BACKOFF_SECONDS_MAX = 0.3
     service.SETTLE_RETRY_SECONDS = 0.05
     journal.VOID_RETRY_SECONDS = 0.05
@@ -176,3 +190,7 @@ def _hasten(sleep: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any
         return await sleep(seconds * HASTE if seconds > shopper.STEP_SECONDS else seconds, result)
 
     return hasty
+
+
+def _hasten_plain(sleep: Callable[[float], None]) -> Callable[[float], None]:
+    return lambda seconds: sleep(seconds * HASTE if seconds > shopper.STEP_SECONDS else seconds)

@@ -35,7 +35,7 @@ MATCHES = {
 
 FAMILIES = {
     "point": 60, "kill": 8, "stall": 4, "proxy": 25, "clock": 6, "full": 5, "locked": 4,
-    "corrupt": 3,
+    "corrupt": 3, "reprice": 3, "rotate": 3,
 }  # fmt: skip
 """How often each family of faults is drawn, in parts of their sum."""
 
@@ -79,6 +79,7 @@ class Schedule:
     database: str
     workers: int
     buyers: int
+    threads: bool
     groups: list[list[Step]]
     faults: list[Fault]
     armed_at_start: bool
@@ -95,7 +96,10 @@ def draw(seed: str, setting: Setting) -> Schedule:
     """Makes the schedule of a seed."""
     dice = random.Random(seed)
     workers = dice.choice((1, 1, 2, 3))
-    faults = [_fault(dice, setting.database) for _ in range(dice.choices((1, 2, 3), (5, 3, 2))[0])]
+    faults = [
+        _fault(dice, setting.database)
+        for _ in range(dice.choices((1, 2, 3, 6), (50, 30, 18, 2))[0])
+    ]
     while setting.focus not in " ".join(fault.label for fault in faults):
         faults[0] = _fault(dice, setting.database)
     needs = {POINTS[fault.point].needs for fault in faults if fault.family == "point"}
@@ -114,6 +118,7 @@ def draw(seed: str, setting: Setting) -> Schedule:
         database=setting.database,
         workers=workers,
         buyers=1 if "gone" in needs else dice.choice((1, 1, 2)),
+        threads=dice.random() < 0.25,
         groups=_groups(dice, needs),
         faults=faults,
         armed_at_start="start" in needs,
@@ -132,10 +137,10 @@ def draw(seed: str, setting: Setting) -> Schedule:
 
 
 def _groups(dice: random.Random, needs: set[str]) -> list[list[Step]]:
-    most = dice.choices((8, 16, 30), (5, 3, 1))[0]
+    most = dice.choices((8, 16, 30, 80), (50, 30, 10, 3))[0]
     groups, calls = [], 0
     while calls < most:
-        width = min(dice.choice((1, 1, 2, 3, 5, 8)), most - calls)
+        width = min(dice.choice((1, 1, 2, 3, 5, 8, most // 2)), most - calls)
         groups.append([_call(dice, needs) for _ in range(width)])
         calls += width
         if dice.random() < 0.1:
@@ -195,6 +200,8 @@ def _fault(dice: random.Random, database: str) -> Fault:
             return Fault("server", f"database {kind}", at, more={"kind": kind})
         case "full" | "locked":
             return Fault(family, f"{family} {role}", at, dice.uniform(0.05, 0.4), role)
+        case "reprice" | "rotate":
+            return Fault(family, family, at, _pause(dice), role)
         case _:
             where = dice.randrange(1 << 30)
             return Fault(family, f"{family} {role}", at, 0.02, role, more={"where": where})

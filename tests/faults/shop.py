@@ -25,7 +25,7 @@ from x402mw.provider import (
     Provider,
 )
 
-ITEM, BIG, WORDS_MAX, ROWS_MAX = 50_000, 30_000, 600, 100
+ITEMS, BIG, WORDS_MAX, ROWS_MAX = (50_000, 60_000), 30_000, 600, 100
 ROW = 1000
 _BIG_CHUNKS, _CHUNK = 8, b"x" * 4096
 _log: list[int] = []
@@ -40,6 +40,10 @@ PRICES: PriceList = {
     "POST /words/{name}": PerUnit("word", "0.0001", per=3, max_units=WORDS_MAX),
     "GET /stream/{name}": Priced(PerUnit("row", "0.001", max_units=ROWS_MAX), timeout_seconds=20),
 }
+
+
+DEARER: PriceList = {**PRICES, "GET /item/{name}": PerCall("0.06")}
+"""What a shop may be restarted with."""
 
 
 def open_log(path: Path) -> None:
@@ -122,8 +126,8 @@ async def _take_time(request: Request) -> None:
     await asyncio.sleep(int(request.query_params.get("ms", "0")) / 1000)
 
 
-def make_app(provider: Provider) -> Starlette:
-    """The shop, sold by a provider."""
+def make_app(provider: Provider, *, dearer: bool) -> Starlette:
+    """The shop, sold by a provider, at old or new prices."""
     app = Starlette(
         routes=[
             Route("/", free),
@@ -135,5 +139,5 @@ def make_app(provider: Provider) -> Starlette:
             Route("/stream/{name}", stream),
         ]
     )
-    app.add_middleware(PaymentMiddleware, provider=provider, prices=PRICES)
+    app.add_middleware(PaymentMiddleware, provider=provider, prices=DEARER if dearer else PRICES)
     return app

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import httpx
 from tests.faults import shop as prices
 from tests.faults.board import Board
 from x402mw.core.errors import Moved, PaidOutcomeGone, PaymentOutcomeUnknown, X402mwError
-from x402mw_client import Limits, PaymentHandle, PaymentTransport, Wallet
+from x402mw_client import Limits, PaymentHandle, PaymentTransport, SyncPaymentTransport, Wallet
 from x402mw_client.drive import AsyncDriver
 from x402mw_client.flow import NOT_SENT, PAYMENT
 from x402mw_client.purse import Purse
@@ -83,8 +83,13 @@ class Shopper:
             self.notes.add("opened", session=f"esc_{session.hex()}")
         for session, seq, url in self._ask_file("SELECT session, seq, url FROM calls"):
             self.notes.add("held", name_in(url), seq=seq, session=f"esc_{session.hex()}")
-        self.transport = PaymentTransport(self.wallet, keep_sessions=True)
-        self.http = httpx.AsyncClient(transport=self.transport, timeout=world.read_seconds)
+        seconds = world.read_seconds
+        if world.threads:
+            self.plain = SyncPaymentTransport(self.wallet, keep_sessions=True)
+            self.http: Any = httpx.Client(transport=self.plain, timeout=seconds)
+        else:
+            self.transport = PaymentTransport(self.wallet, keep_sessions=True)
+            self.http = httpx.AsyncClient(transport=self.transport, timeout=seconds)
 
     def _ask_file(self, query: str) -> list[tuple[Any, ...]]:
         connection = sqlite3.connect(self.world.folder / "wallet.db")
@@ -95,8 +100,23 @@ class Shopper:
 
     async def close(self) -> None:
         """Closes the sessions and the wallet."""
-        await self.http.aclose()
-        await self.wallet.aclose()
+        if self.world.threads:
+            await asyncio.to_thread(self.http.close)
+            await asyncio.to_thread(self.wallet.close)
+        else:
+            await self.http.aclose()
+            await self.wallet.aclose()
+
+    def _send(self, request: httpx.Request) -> Awaitable[httpx.Response]:
+        if self.world.threads:
+            return asyncio.to_thread(self.http.send, request)
+        sent: Awaitable[httpx.Response] = self.http.send(request)
+        return sent
+
+    def _resume(self, handle: PaymentHandle) -> Awaitable[httpx.Response]:
+        if self.world.threads:
+            return asyncio.to_thread(handle.resume_sync, self.plain)
+        return handle.resume(self.transport)
 
     # The script.
 
@@ -109,8 +129,7 @@ class Shopper:
             steps = [
                 (f"g{number}-{index}", step)
                 for index, step in enumerate(group)
-                if self.number
-                == (0 if step["kind"] in NO_CALLS else (number + index) % self.buyers)
+                if self._is_ours(step, number + index)
             ]
             new = [(name, step) for name, step in steps if name not in self.notes.begun]
             await asyncio.gather(*(self._step(name, step) for name, step in new))
@@ -148,7 +167,7 @@ class Shopper:
             if tried in self.notes.begun:
                 continue
             self.notes.add("begin", tried)
-            if await self._follow(tried, self.http.send(self._request(tried, step))):
+            if await self._follow(tried, self._send(self._request(tried, step))):
                 return
             await asyncio.sleep(STEP_SECONDS)
 
@@ -172,7 +191,7 @@ class Shopper:
                     self._end(name, "unknown", error=str(unknown), **_of(unknown.handle))
                     return True
                 await asyncio.sleep(STEP_SECONDS)
-                work = unknown.handle.resume(self.transport)
+                work = self._resume(unknown.handle)
                 continue
             except PaidOutcomeGone as gone:
                 self._end(name, "gone", charge=gone.charge)
@@ -240,12 +259,12 @@ def name_in(url: str) -> str:
     return url.rpartition("/")[2].partition("?")[0]
 
 
-def expected_charge(kind: str, status: int, size: int) -> int | None:
-    """What a whole answer costs; None where it depends on the calls before it."""
+def expected_charges(kind: str, status: int, size: int) -> tuple[int, ...]:
+    """What a whole answer may cost; nothing is expected where it depends on the calls before it."""
     if status != 200:
-        return 0
-    fixed = {"item": prices.ITEM, "big": prices.BIG, "stream": size * prices.ROW}
-    return fixed.get(kind)
+        return (0,)
+    fixed = {"item": prices.ITEMS, "big": (prices.BIG,), "stream": (size * prices.ROW,)}
+    return fixed.get(kind, ())
 
 
 def _of(handle: PaymentHandle) -> dict[str, Any]:

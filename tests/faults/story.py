@@ -60,7 +60,6 @@ class Story:
         self.settling = self.over = False
         self._slots: dict[int, Fault] = {}
         self._pauses: dict[str, float] = {}
-        self._stalled: set[int] = set()
         self._done: set[str] = set()
         self._hurting: dict[str, Fault] = {}
         self._damaged: list[Fault] = []
@@ -257,6 +256,25 @@ class Story:
         _limit(child, most)
         self.family.after(fault.after, partial(_limit, child, resource.RLIM_INFINITY))
 
+    def _do_reprice(self, fault: Fault) -> None:
+        """The provider is started anew with other prices, one worker after the other."""
+        self.board.dearer = True
+        self.run.fired.add(fault.label)
+        number = signal.SIGKILL if fault.role == "buyer" else signal.SIGTERM
+        for place, name in enumerate(self.providers):
+            self._pauses[name] = fault.after
+            self.family.after(place * fault.after, partial(self._send, name, number))
+
+    def _send(self, name: str, number: signal.Signals) -> None:
+        if name in self.alive:
+            self.alive[name].send(number)
+
+    def _do_rotate(self, fault: Fault) -> None:
+        """The escrow signs with another key from now on."""
+        self.run.fired.add(fault.label)
+        log = self.world.folder / "rotator.log"
+        self.family.fork("rotator", log, lambda _: process.rotate_keys(self.world, self.board))
+
     def _do_corrupt(self, fault: Fault) -> None:
         """Kills a process, and takes a copy of the file it leaves, to be damaged and opened."""
         if not is_server(self._place_of(fault.role)):
@@ -322,9 +340,10 @@ class Story:
                     self.alive[name].send(signal.SIGKILL)
 
     def _note_fired(self) -> None:
-        for slot, fault in self._slots.items():
-            if fault.label in self.run.fired or not self.board.fired(slot):
+        for slot, fault in list(self._slots.items()):
+            if not self.board.fired(slot):
                 continue
+            del self._slots[slot]
             self.run.fired.add(fault.label)
             self.note(f"{fault.action.name} at {fault.label}")
             for name in self._names(fault.role):
