@@ -47,8 +47,8 @@ async def test_all_workers_get_their_turn(place: str) -> None:
             worker.tell("load", 1.0, 8)
         loads = [worker.hear() for worker in crowd]
     counts = [count for count, _ in loads]
-    assert min(counts) * 4 > max(counts)
-    # A machine that is busy with other things may hold all of us up; starving would be seconds.
+    # A machine that is busy with other things may hold one of us up; to starve would be far more.
+    assert min(counts) * 20 > max(counts)
     assert max(max(waits) for _, waits in loads) < 1
     journal = Journal.open(place, clock=Clock())
     assert journal.unredeemed == 1000 * sum(counts)
