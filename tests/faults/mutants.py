@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from tests.faults.points import patch
 from x402mw.core.gate import Outcome
-from x402mw.escrow import idempotency, rules
-from x402mw.provider.journal import calls, opening, redemption, writer
+from x402mw.escrow import rules
+from x402mw.provider.journal import calls, redemption
 from x402mw.provider.journal.sqlite import SqliteStore
 from x402mw_client.flow import Payment
 from x402mw_client.walletfile import WalletFile
@@ -27,7 +28,7 @@ def _answer_before_commit() -> None:
         else:
             store.connection.execute("ROLLBACK")
 
-    SqliteStore.commit = careless  # type: ignore[method-assign]
+    patch("x402mw.provider.journal.sqlite:SqliteStore.commit", careless)
 
 
 def _forget_seq() -> None:
@@ -38,13 +39,13 @@ def _forget_seq() -> None:
         found = lookup(*given, **named)
         return found if found is None or not isinstance(found.outcome, Outcome) else None
 
-    calls.lookup = forgetful
+    patch("x402mw.provider.journal.calls:lookup", forgetful)
 
 
 def _leave_open() -> None:
     """What a dead worker left open is left open."""
-    for module in (opening, writer):
-        module.recover = lambda *_: 0  # type: ignore[attr-defined]
+    for module in ("opening", "writer"):
+        patch(f"x402mw.provider.journal.{module}:recover", lambda *_: 0)
 
 
 def _sign_anew() -> None:
@@ -55,12 +56,12 @@ def _sign_anew() -> None:
         yield from send_again(payment, answer)
         payment.call = payment.form = None
 
-    Payment._send_again = careless  # type: ignore[method-assign]
+    patch("x402mw_client.flow:Payment._send_again", careless)
 
 
 def _open_unnoted() -> None:
     """The wallet asks for a session before it has remembered that it does."""
-    WalletFile.begin = lambda *_: None  # type: ignore[method-assign]
+    patch("x402mw_client.walletfile:WalletFile.begin", lambda *_: None)
 
 
 def _ask_twice() -> None:
@@ -69,7 +70,7 @@ def _ask_twice() -> None:
     async def nothing(*_: Any) -> None:
         return
 
-    idempotency.store = nothing
+    patch("x402mw.escrow.idempotency:store", nothing)
 
 
 def _pay_sums() -> None:
@@ -79,19 +80,22 @@ def _pay_sums() -> None:
     def adding(escrow: Any, proven: Any) -> Any:
         return redeem(escrow, min(escrow.amount, escrow.released + proven))
 
-    rules.redeem = adding
+    patch("x402mw.escrow.rules:redeem", adding)
 
 
 def _charge_undelivered() -> None:
     """A call that was never answered is charged in full when its worker is dead."""
-    calls._marked = lambda transaction, row: (row.amount, 0)
+    patch("x402mw.provider.journal.calls:_marked", lambda transaction, row: (row.amount, 0))
 
 
 def _send_unnoted() -> None:
     """The redeemer sends what it has not written down as sent."""
-    redemption._send = lambda transaction, row: redemption.Item(
-        row.id, row.journal, row.voucher, row.account.charged, final=redemption._may_close(row)
-    )
+
+    def careless(transaction: Any, row: Any) -> redemption.Item:
+        final = redemption._may_close(row)
+        return redemption.Item(row.id, row.journal, row.voucher, row.account.charged, final=final)
+
+    patch("x402mw.provider.journal.redemption:_send", careless)
 
 
 def _forget_holds() -> None:
@@ -101,7 +105,7 @@ def _forget_holds() -> None:
     def careless(file: WalletFile, *given: Any, **named: Any) -> bool:
         return hold(file, *given, **named) if os.getpid() % 2 else True
 
-    WalletFile.hold = careless  # type: ignore[method-assign]
+    patch("x402mw_client.walletfile:WalletFile.hold", careless)
 
 
 _BUGS: dict[str, tuple[Callable[[], None], str]] = {

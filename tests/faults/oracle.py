@@ -190,8 +190,8 @@ def _is_whole(name: str, step: Row, end: Row) -> bool:
     if kind in ("item", "words"):
         return f'"{name}"' in body
     if kind == "big":
-        return end["body"] == 8 * 4096
-    return kind == "stream" and body.count("\n") == step["size"]
+        return bool(end["body"] == 8 * 4096)
+    return bool(kind == "stream" and body.count("\n") == step["size"])
 
 
 def _may_be_spoiled(schedule: Schedule) -> bool:

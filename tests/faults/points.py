@@ -119,9 +119,15 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 }
 
 
-def find(point: Point) -> tuple[Any, str, Any]:
-    """The object that holds a point's function, the function's name there, and the function."""
-    module, _, path = point.target.partition(":")
+def patch(target: str, value: Any) -> None:
+    """Puts something else in the place `module:attribute`, for the rest of this process."""
+    holder, name, _ = find(target)
+    setattr(holder, name, value)
+
+
+def find(target: str) -> tuple[Any, str, Any]:
+    """The object that holds what `module:attribute` names, its name there, and what it is."""
+    module, _, path = target.partition(":")
     holder: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
@@ -133,8 +139,8 @@ def install(board: Board, role: str) -> None:
     """Wraps the functions of every failpoint of a role; once, in a process that just began."""
     for number, point in enumerate(POINTS):
         if point.role == role:
-            holder, name, found = find(point)
-            setattr(holder, name, _wrap(board, number, point, found))
+            _, _, found = find(point.target)
+            patch(point.target, _wrap(board, number, point, found))
 
 
 def _wrap(board: Board, number: int, point: Point, found: Any) -> Any:

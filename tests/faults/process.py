@@ -16,10 +16,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
-from httpx._transports import default as httpx_default
 
 from tests.faults import mutants, points, shop, shopper
 from tests.faults.board import Board
@@ -29,7 +28,6 @@ from x402mw.escrow.ledger import visit_ledger
 from x402mw.escrow.serve import AnnouncingServer, run
 from x402mw.escrow.settings import Settings
 from x402mw.provider import Provider, link, redeemer, responder, service
-from x402mw.provider import provider as provider_module
 from x402mw.provider.journal import connections, journal, redemption, sqlite, writer
 from x402mw_client import flow, operations
 
@@ -62,7 +60,7 @@ class World:
     seller_key: str
     buyer_key: str
     redeem_seconds: int
-    durability: str
+    durability: Literal["fsync", "process"]
     read_seconds: float
     deposit: str
     threads: bool = False
@@ -107,7 +105,7 @@ def provider(world: World, board: Board, ready: int, worker: int) -> None:
         escrow=world.escrow_from_provider,
         api_key=world.seller_key,
         journal=world.journal,
-        durability=world.durability,  # type: ignore[arg-type]  # one of the two words
+        durability=world.durability,
         redeem_seconds=world.redeem_seconds,
         free_calls_per_minute=100_000,
         clock=board.clock("provider"),
@@ -135,14 +133,15 @@ def buyer(world: World, board: Board, ready: int, script: dict[str, Any]) -> Non
     _begin(board, "buyer", world)
     operations.PAUSES_SECONDS = (0.0, 0.02, 0.1)
     flow.TURN_SECONDS = 1.0
-    asyncio.sleep, time.sleep = _hasten(asyncio.sleep), _hasten_plain(time.sleep)
+    points.patch("asyncio:sleep", _hasten(asyncio.sleep))
+    points.patch("time:sleep", _hasten_plain(time.sleep))
     asyncio.run(shopper.shop(world, board, script, partial(_announce, ready)))
 
 
 def _begin(board: Board, role: str, world: World) -> None:
     logging.basicConfig(level=logging.WARNING, format=f"{role} %(name)s: %(message)s")
     # Reading the machine's certificates takes longer than a call, and everything here is loopback.
-    httpx_default.create_ssl_context = lambda **_: _NO_TLS  # type: ignore[assignment]
+    points.patch("httpx._transports.default:create_ssl_context", lambda **_: _NO_TLS)
     mutants.apply(world.mutant)
     points.install(board, role)
 
@@ -171,7 +170,7 @@ def _listen(port: int) -> socket.socket:
 def _hurry_provider() -> None:
     """Intervals fit for a schedule of a second."""
     operations.PAUSES_SECONDS = (0.0, 0.02, 0.1)
-    link.REFRESH_SECONDS = 0  # type: ignore[assignment]  # whole seconds are for people
+    link.REFRESH_SECONDS = 0
     redeemer.BACKOFF_SECONDS_MAX = 0.3
     service.SETTLE_RETRY_SECONDS = 0.05
     journal.VOID_RETRY_SECONDS = 0.05
@@ -182,7 +181,7 @@ def _hurry_provider() -> None:
     redemption.REST_SECONDS = 1
     responder.MARK_SECONDS = 0.01
     quick = partial(redeemer.Redeemer, contact_seconds=CONTACT_SECONDS, round_seconds=ROUND_SECONDS)
-    provider_module.Redeemer = quick  # type: ignore[misc, assignment]  # it is only called
+    points.patch("x402mw.provider.provider:Redeemer", quick)
 
 
 def _hasten(sleep: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

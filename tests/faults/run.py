@@ -100,11 +100,9 @@ class Summary:
             table.add_column("struck", justify="right")
         for number, point in enumerate(POINTS):
             cells = [point.name]
-            for side, name in enumerate(SIDES):
-                cells += [
-                    f"{self.passed[2 * number + side]:,}",
-                    f"{self.fired[f'{point.name} {name}']}",
-                ]
+            for place, side in enumerate(SIDES):
+                struck = self.fired[f"{point.name} {side}"]
+                cells += [f"{self.passed[2 * number + place]:,}", f"{struck}"]
             table.add_row(*cells)
         return table
 

@@ -7,7 +7,7 @@ attempts.
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tests.faults.board import ROLES, SIDES, Action
 from tests.faults.points import POINTS, Point
@@ -86,7 +86,7 @@ class Schedule:
     proxied: frozenset[str]
     redeem_seconds: int
     read_seconds: float
-    durability: str
+    durability: Literal["fsync", "process"]
     deposit: str
     restarts: tuple[str, ...]
     gone: bool
@@ -126,7 +126,7 @@ def draw(seed: str, setting: Setting) -> Schedule:
         redeem_seconds=dice.choice((0, 0, 1, 30)),
         read_seconds=dice.choice((0.3, 1.0, 1.0, 3.0)),
         # What only survives its own process may be lost with the database's.
-        durability=dice.choice(("fsync", "process")) if not crash else "fsync",
+        durability="process" if dice.random() < 0.5 and not crash else "fsync",
         deposit="0.50" if "topup" in needs else dice.choice(("0.50", "1.00", "5.00")),
         restarts=tuple(role for role in ROLES if dice.random() < 0.4),
         gone="gone" in needs,

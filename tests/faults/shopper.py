@@ -19,6 +19,7 @@ import httpx
 
 from tests.faults import shop as prices
 from tests.faults.board import Board
+from tests.faults.points import patch
 from x402mw.core.errors import Moved, PaidOutcomeGone, PaymentOutcomeUnknown, X402mwError
 from x402mw_client import Limits, PaymentHandle, PaymentTransport, SyncPaymentTransport, Wallet
 from x402mw_client.drive import AsyncDriver
@@ -294,8 +295,9 @@ def watch(notes: Notes) -> None:
         notes.add("opened", session=session.name)
         return session
 
-    AsyncDriver._control = note_receipt  # type: ignore[method-assign]
-    Purse.sign, Purse.add = note_sign, note_session  # type: ignore[method-assign]
+    patch("x402mw_client.drive:AsyncDriver._control", note_receipt)
+    patch("x402mw_client.purse:Purse.sign", note_sign)
+    patch("x402mw_client.purse:Purse.add", note_session)
 
 
 async def shop(

@@ -298,7 +298,7 @@ class Story:
         opened = bool(child.said)
         if child.alive:
             child.send(signal.SIGKILL)
-        elif child.status < 0:
+        elif (child.status or 0) < 0:
             self.run.problems.append(f"a damaged file ended the {role} with {child.status}")
         self.family.wait(lambda: not child.alive, START_SECONDS, "the end of an opening")
         word, problems = damage.judge(place, role, opened=opened)

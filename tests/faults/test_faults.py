@@ -36,7 +36,7 @@ def faults(*arguments: str, keep: Path) -> subprocess.CompletedProcess[str]:
 def test_every_failpoint_exists() -> None:
     """A failpoint names a function that is there, so that no refactoring silently removes it."""
     for point in POINTS:
-        holder, name, found = find(point)
+        holder, name, found = find(point.target)
         assert callable(getattr(holder, name)), point.name
         assert found is not None
         assert not point.error or point.error in ERRORS
