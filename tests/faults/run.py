@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import struct
 import tempfile
 from collections import Counter
@@ -53,6 +54,7 @@ class Summary:
     figures: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     failures: list[dict[str, Any]] = field(default_factory=list)
+    broken: str = ""
 
     def add(self, result: dict[str, Any]) -> None:
         """Takes in the result of one schedule."""
@@ -136,10 +138,10 @@ class Runner:
         os.close(reading)
         os.set_blocking(writing, False)
         console = Console(stderr=True, emoji=False)
-        with _bar(console) as bar:
+        with _bar(console) as bar, contextlib.suppress(KeyboardInterrupt):
             task = bar.add_task(self.setting.database, total=len(numbers), failed=0)
             left, heard = list(numbers), dict.fromkeys(lanes, 0)
-            while summary.done < len(numbers) and any(lane.alive for lane in lanes):
+            while summary.done < len(numbers) and all(lane.alive for lane in lanes):
                 left = _hand_out(writing, left)
                 family.turn()
                 for line in (line for lane in lanes for line in _new_lines(lane, heard)):
@@ -151,9 +153,10 @@ class Runner:
                 if until_failure and summary.failures:
                     break
         os.close(writing)
+        summary.broken = next((lane.name for lane in lanes if not lane.alive), "")
+        if summary.broken and summary.done < len(numbers):
+            console.print((self.folder / f"{summary.broken}.log").read_text()[-3000:], markup=False)
         family.kill_all()
-        if summary.done < len(numbers) and not (until_failure and summary.failures):
-            raise SystemExit((self.folder / "lane0.log").read_text()[-3000:])
         return summary
 
     def _lane(self, family: Family, reading: int, writing: int, number: int) -> Child:
@@ -252,6 +255,8 @@ def _bar(console: Console) -> Progress:
 
 def main() -> int:
     """Reads the command line and runs; the exit status tells whether anything failed."""
+    # Whoever ends a run early sees what it came to until then.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = argparse.ArgumentParser(prog="make faults", description=__doc__)
     parser.add_argument("--schedules", type=int, default=SCHEDULES)
     parser.add_argument("--seed", default="")
@@ -279,5 +284,5 @@ def main() -> int:
             )
             summary = runner.run(numbers, until_failure=replay or given.until_failure)
         summary.print(Console(emoji=False), whole=not (replay or given.until_failure))
-        failed += len(summary.failures)
+        failed += len(summary.failures) + bool(summary.broken)
     return int(failed > 0)
