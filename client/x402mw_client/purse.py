@@ -8,6 +8,7 @@
 import os
 import secrets
 from collections.abc import Callable
+from functools import lru_cache
 
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import ConfigurationError, PaymentOutcomeUnknown
@@ -28,6 +29,9 @@ from x402mw_client.memory import Memory
 from x402mw_client.sessions import Call, Form, Offer, Session, Stale, State, Subject
 
 EXPIRES_MS = 300_000
+
+
+_quoted = lru_cache(maxsize=256)(dumps)
 
 
 class Purse(Books):
@@ -151,15 +155,18 @@ class Purse(Books):
 
     def header(self, session: Session, form: Form) -> str:
         """Writes `PAYMENT-SIGNATURE`, with the newest token: it is not part of what is signed."""
-        inner = {
-            "voucher": form.signed.wire,
-            "token": session.token,
-            "expires": form.expires,
-            "binding": form.binding,
-        }
-        # The provider's own words are the same in every payment, so they are written once.
-        written = b'{"x402Version":2,"payload":%b,"accepted":%b}'
-        return b64_encode(written % (dumps(inner), form.offer.accepted))
+        # The token and the provider's own words are the same in many payments: written once.
+        return b64_encode(
+            b'{"x402Version":2,"payload":{"voucher":"%b","token":%b,"expires":%d,"binding":%d},'
+            b'"accepted":%b}'
+            % (
+                form.signed.wire.encode(),
+                _quoted(session.token),
+                form.expires,
+                form.binding,
+                form.offer.accepted,
+            )
+        )
 
 
 def _new_seq(session: Session) -> int:

@@ -26,7 +26,7 @@ Case = dict[str, Any]
 
 def plain(record: Any, **more: Any) -> Case:
     """A record as JSON: bytes in hex."""
-    fields = dataclasses.asdict(record)
+    fields = record._asdict() if isinstance(record, tuple) else dataclasses.asdict(record)
     return {
         name: value.hex() if isinstance(value, bytes) else value for name, value in fields.items()
     } | more

@@ -160,7 +160,7 @@ async def test_both_sides_judge_every_edge_signature_alike(bench: Bench) -> None
     proper = bench.payment.signed
     made = [raw for _, raw in curve.edge_signatures(SESSION_SEED, proper.raw)]
     found = [row["signature"] for row in WYCHEPROOF + SPECCHECK if len(row["signature"]) == 64]
-    edges = [replace(proper, signature=raw) for raw in [*made, *found]]
+    edges = [proper._replace(signature=raw) for raw in [*made, *found]]
     assert len(edges) > 250
     assert {bench.inspect(one) for one in edges} == {"signature"}
     assert set(await bench.redeem(edges)) == {"signature"}

@@ -185,7 +185,7 @@ def forge(payment: Handmade, accepts: dict[str, object]) -> str:
 def other_network(payment: Handmade) -> bytes:
     """The voucher, signed for another network."""
     moved = vouchers.split_voucher(payment.signed).voucher
-    signed = vouchers.sign_voucher(replace(moved, network=bytes(32)), secret_key(payment.seed))
+    signed = vouchers.sign_voucher(moved._replace(network=bytes(32)), secret_key(payment.seed))
     return signed.raw + signed.signature
 
 

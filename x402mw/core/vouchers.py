@@ -13,7 +13,7 @@ The provider and the escrow judge vouchers with the same `verify_voucher`.
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from x402mw.core.amounts import AMOUNT_MAX, Atomic
 from x402mw.core.errors import Malformed
@@ -37,8 +37,7 @@ BIND_BODY, BIND_REQUEST, BIND_TERMS = 0, 1, 2
 _LAYOUT = struct.Struct(">16s32s16sQQ32s")
 
 
-@dataclass(frozen=True, slots=True)
-class Voucher:
+class Voucher(NamedTuple):
     """The fields of a voucher. `network`, `session` and `request_hash` are raw bytes."""
 
     network: bytes
@@ -48,8 +47,7 @@ class Voucher:
     request_hash: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class SignedVoucher:
+class SignedVoucher(NamedTuple):
     """A voucher together with the exact bytes that were signed."""
 
     voucher: Voucher
@@ -67,8 +65,7 @@ class SignedVoucher:
         return b64url_encode(self.raw + self.signature)
 
 
-@dataclass(frozen=True, slots=True)
-class BoundRequest:
+class BoundRequest(NamedTuple):
     """What one signature is for. `expires` is in milliseconds since the epoch."""
 
     binding: int
