@@ -1,6 +1,6 @@
 """The books of a wallet: its sessions and openings, and what became of each call.
 
-1. A change is one transaction of the memory (`changing`): first what other processes changed is
+1. A change is one transaction of the memory (`change`): first what other processes changed is
    taken up, then the objects here are changed, and written.
 2. One lock guards all of it, for threads and event loops alike; nothing is awaited inside.
 3. What only lowers what we believe to owe never fails: it is booked with the next change.
@@ -10,14 +10,15 @@ import json
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from typing import TypeVar
 
 from x402mw.core.amounts import ZERO, Atomic
-from x402mw.core.errors import AccountsDiffer, LocalError, Malformed
-from x402mw.core.keys import public_key
-from x402mw.core.vouchers import parse_voucher, verify_voucher
+from x402mw.core.errors import LocalError
+from x402mw.core.vouchers import parse_voucher
+from x402mw_client.accounts import accounts_differ, differs, note_totals, proves_loss
 from x402mw_client.answers import Word
 from x402mw_client.events import Events, tell
 from x402mw_client.memory import Busy, Memory, News, Row
@@ -30,7 +31,6 @@ from x402mw_client.sessions import (
     Past,
     Session,
     State,
-    differs,
     newer_token,
 )
 from x402mw_client.waiting import Signal
@@ -41,6 +41,7 @@ POLL_SECONDS = 0.05
 KEEP_SECONDS = 7 * 86_400
 """A session that was never closed is forgotten this long after its end at the escrow."""
 Key = tuple[str, str, bytes]
+T = TypeVar("T")
 
 
 class Books:
@@ -69,19 +70,19 @@ class Books:
 
     # Changing, and looking.
 
-    @contextmanager
-    def changing(self, *, durable: bool = False) -> Iterator[None]:
-        """One change of the books; raises `Busy`, or `LocalError` if it cannot be written."""
+    def change(self, book: Callable[[], T], *, durable: bool = False) -> T:
+        """Makes one change of the books; raises `Busy`, or `LocalError` if it cannot be written."""
         with self.lock:
             try:
                 with self.memory.transaction(durable=durable):
                     self._catch_up()
-                    for book in self._late:
-                        book()
-                    yield
+                    for late in self._late:
+                        late()
+                    result = book()
                 self._late.clear()
             except sqlite3.Error as error:
                 raise LocalError(f"the wallet file cannot be written: {error}") from None
+            return result
 
     def look(self) -> None:
         """Takes up what other processes changed; if that fails, what is known stands."""
@@ -122,13 +123,16 @@ class Books:
         """Finds the calls that nobody waits for any more, also those of processes that died."""
         if not self.memory.shared:
             return
-        with suppress(Busy, LocalError), self.changing():
-            self.memory.recover()
-            for name, seq, url, hold, expires in self.memory.doubts():
-                session = self.sessions.get(name)
-                if session is not None and seq not in session.calls:
-                    call = Call(session, seq, url, hold, expires, in_flight=False)
-                    session.calls[seq] = session.doubtful[seq] = call
+        with suppress(Busy, LocalError):
+            self.change(self._recover)
+
+    def _recover(self) -> None:
+        self.memory.recover()
+        for name, seq, url, hold, expires in self.memory.doubts():
+            session = self.sessions.get(name)
+            if session is not None and seq not in session.calls:
+                call = Call(session, seq, url, hold, expires, in_flight=False)
+                session.calls[seq] = session.doubtful[seq] = call
 
     def spent(self) -> int:
         """What all sessions ever may have cost (`Session.at_worst`)."""
@@ -168,7 +172,7 @@ class Books:
         self._count(session)
         if word is not None:
             session.proven = True
-            _note_totals(session, word)
+            note_totals(session, word)
         if charge > hold or (word is not None and differs(session)):
             self._turn(session, State.DIFFERS, *State)
         self.memory.save(session)
@@ -208,8 +212,7 @@ class Books:
         """Books what only lowers what we believe to owe: a failure costs time, not an answer."""
         with self.lock:
             try:
-                with self.changing():
-                    book()
+                self.change(book)
             except (Busy, LocalError) as error:
                 self._late.append(book)
                 text = f"{error}; for now the file shows more held than there is"
@@ -223,8 +226,8 @@ class Books:
                 return
             call.session.doubtful[call.seq] = call
             if self.memory.shared:
-                with suppress(Busy, LocalError), self.changing():
-                    self.memory.leave(call)
+                with suppress(Busy, LocalError):
+                    self.change(partial(self.memory.leave, call))
         self.signal.notify()
 
     def take_up_again(self, call: Call) -> None:
@@ -240,31 +243,35 @@ class Books:
         signed it. Nothing a provider merely says ever raises what we sign. A `form` that was signed
         before we learnt better is no difference: the next one will be.
         """
-        with self.changing():
-            if form.signed.voucher.cumulative < session.cumulative:
-                return
-            if not _proves_loss(session, word):
-                self._turn(session, State.DIFFERS, *State)
-                raise accounts_differ(session)
-            cumulative = parse_voucher(word.voucher or "").voucher.cumulative
-            text = f"session {session.name}: our memory was behind; adopted our own voucher"
-            tell(logging.WARNING, "memory_restored", text, session=session.name)
-            more = (word.open_total or 0) - session.unattributed
-            session.cumulative, session.charged = cumulative, word.charged_total or session.charged
-            session.unattributed = Atomic(session.unattributed + more)
-            session.held = Atomic(session.held + more)
-            session.total_seen = session.charged
-            session.proven = True
-            self.memory.save(session)
+        self.change(partial(self._adopt, session, form, word))
+
+    def _adopt(self, session: Session, form: Form, word: Word) -> None:
+        if form.signed.voucher.cumulative < session.cumulative:
+            return
+        if not proves_loss(session, word):
+            self._turn(session, State.DIFFERS, *State)
+            raise accounts_differ(session)
+        cumulative = parse_voucher(word.voucher or "").voucher.cumulative
+        text = f"session {session.name}: our memory was behind; adopted our own voucher"
+        tell(logging.WARNING, "memory_restored", text, session=session.name)
+        more = (word.open_total or 0) - session.unattributed
+        session.cumulative, session.charged = cumulative, word.charged_total or session.charged
+        session.unattributed = Atomic(session.unattributed + more)
+        session.held = Atomic(session.held + more)
+        session.total_seen = session.charged
+        session.proven = True
+        self.memory.save(session)
 
     # Sessions come and go.
 
     def begin(self, opening: Opening) -> None:
         """Remembers an opening; what cannot be remembered is not sent."""
-        with self.changing(durable=True):
-            self.memory.come_back()
-            self.memory.begin(opening)
-            self.openings[opening.pays_for] = opening
+        self.change(partial(self._begin, opening), durable=True)
+
+    def _begin(self, opening: Opening) -> None:
+        self.memory.come_back()
+        self.memory.begin(opening)
+        self.openings[opening.pays_for] = opening
 
     def abandon(self, opening: Opening) -> None:
         """Forgets an opening that the escrow refused."""
@@ -277,14 +284,17 @@ class Books:
 
     def add(self, session: Session, opening: Opening) -> Session:
         """Takes up the session that an opening led to, once; returns it."""
-        with self.changing(durable=True):
-            self._abandon(opening)
-            known = self.sessions.get(session.id)
-            if known is None:
-                self.memory.add(session)
-                known = self.sessions[session.id] = session
-            self._forget_old()
+        known = self.change(partial(self._add, session, opening), durable=True)
         self.signal.notify()
+        return known
+
+    def _add(self, session: Session, opening: Opening) -> Session:
+        self._abandon(opening)
+        known = self.sessions.get(session.id)
+        if known is None:
+            self.memory.add(session)
+            known = self.sessions[session.id] = session
+        self._forget_old()
         return known
 
     def _forget_old(self) -> None:
@@ -302,18 +312,22 @@ class Books:
 
     def renew(self, session: Session, record: EscrowRecord) -> None:
         """Takes over what the escrow says of an open session: it only ever grows."""
-        with self.changing():
-            session.token = newer_token(session, record.token, self.clock())
-            session.deposit = max(session.deposit, record.deposit)
-            session.expires_at = max(session.expires_at, record.expires_at)
-            self.memory.save(session)
+        self.change(partial(self._renew, session, record))
         self.signal.notify()
+
+    def _renew(self, session: Session, record: EscrowRecord) -> None:
+        session.token = newer_token(session, record.token, self.clock())
+        session.deposit = max(session.deposit, record.deposit)
+        session.expires_at = max(session.expires_at, record.expires_at)
+        self.memory.save(session)
 
     def aim(self, session: Session, target: Atomic) -> None:
         """Raises what top-ups fill the rest up to; what cannot be remembered locks nothing."""
-        with self.changing():
-            session.target = max(session.target, target)
-            self.memory.save(session)
+        self.change(partial(self._aim, session, target))
+
+    def _aim(self, session: Session, target: Atomic) -> None:
+        session.target = max(session.target, target)
+        self.memory.save(session)
 
     def end(self, session: Session) -> None:
         """Signs no new calls in a session; what is open still settles."""
@@ -350,41 +364,4 @@ class Books:
 
     def leave_to_others(self) -> bool:
         """Notes that this process is about to end; whether others go on with the sessions."""
-        with self.changing():
-            return self.memory.leave_to_others()
-
-
-def _note_totals(session: Session, word: Word) -> None:
-    """Takes in the totals of a settled answer."""
-    session.total_seen = max(session.total_seen, word.charged_total or session.charged)
-    nothing_else = session.held == session.unattributed
-    if session.unattributed and nothing_else and word.open_total == 0:
-        # What we had forgotten is settled now: its charge is what our own sum lacks.
-        lacking = min(max(0, session.total_seen - session.charged), session.unattributed)
-        session.charged = Atomic(session.charged + lacking)
-        session.held = session.unattributed = ZERO
-
-
-def _proves_loss(session: Session, word: Word) -> bool:
-    try:
-        signed = parse_voucher(word.voucher or "")
-    except Malformed:
-        return False
-    voucher, charged, opened = signed.voucher, word.charged_total, word.open_total
-    return (
-        charged is not None
-        and opened is not None
-        and voucher.session == session.id
-        and voucher.network == session.offer.terms.network_id
-        and session.cumulative < voucher.cumulative <= session.deposit
-        and session.charged <= charged
-        and charged + opened <= voucher.cumulative
-        and verify_voucher(signed, public_key(session.seed))
-    )
-
-
-def accounts_differ(session: Session) -> AccountsDiffer:
-    """The error of everything that would be signed in a session whose accounts differ."""
-    return AccountsDiffer(
-        f"the provider's account of {session.name} is not ours: nothing more is signed in it"
-    )
+        return self.change(self.memory.leave_to_others)

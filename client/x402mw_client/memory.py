@@ -14,6 +14,7 @@ from x402mw.core.amounts import Atomic
 from x402mw_client.sessions import Call, Opening, Past, Session
 
 Row = tuple[Any, ...]
+_NOTHING = nullcontext()
 
 
 class Busy(Exception):
@@ -55,7 +56,7 @@ class Memory:
 
     def transaction(self, *, durable: bool = False) -> AbstractContextManager[None]:
         """All or nothing; `durable` also over a power cut. May raise `Busy` or `sqlite3.Error`."""
-        return nullcontext()
+        return _NOTHING
 
     def set(self, name: str, value: str) -> None:
         """Remembers a setting."""

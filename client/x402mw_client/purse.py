@@ -8,7 +8,7 @@
 import os
 import secrets
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import ConfigurationError, PaymentOutcomeUnknown
@@ -22,7 +22,8 @@ from x402mw.core.vouchers import (
     hash_request,
     sign_voucher,
 )
-from x402mw_client.books import Books, accounts_differ
+from x402mw_client.accounts import accounts_differ
+from x402mw_client.books import Books
 from x402mw_client.events import Events
 from x402mw_client.limits import Bounds, Limits, exceeded
 from x402mw_client.memory import Memory
@@ -78,40 +79,45 @@ class Purse(Books):
         self.check_process()
         expires = int(self.clock() * 1000) + EXPIRES_MS
         with self.lock:
-            with self.changing():
-                held = session.held_by(call)
-                more = max(0, offer.terms.amount - held)
-                self.check(offer.terms.amount, more, session)
-                if session.state is State.DIFFERS:
-                    raise accounts_differ(session)
-                if not session.takes_calls(self.clock()) or more > session.rest:
-                    raise Stale
-                if session.held > held and session.held + more > self.max_open(session):
-                    return None
-                if not session.proven and self._others_ask(session, call):
-                    return None
-                call = call or Call(session, _new_seq(session), subject.url)
-                self._hold(call, held + more, expires)
-                cumulative = session.cumulative
-            session.keep(call, held + more, expires)
+            held = self.change(partial(self._hold, session, offer, subject, call, expires))
+            if held is None:
+                return None
+            call, amount, cumulative = held
+            session.keep(call, amount, expires)
         form = self._form(session, offer, subject, call.seq, cumulative, expires)
         call.forms.append(form)
         return call, form
 
-    def _others_ask(self, session: Session, call: Call | None) -> bool:
-        return session.busy(call) or self.memory.busy_elsewhere(session)
-
-    def _hold(self, call: Call, amount: int, expires: int) -> None:
-        session, new = call.session, call.seq not in call.session.calls
-        hold = Atomic(amount)
-        if not self.memory.hold(call, hold, max(call.expires, expires), new=new):
+    def _hold(
+        self, session: Session, offer: Offer, subject: Subject, call: Call | None, expires: int
+    ) -> tuple[Call, Atomic, Atomic] | None:
+        """Holds what a call needs; returns it, what it holds now, and the total to sign."""
+        held = session.held_by(call)
+        more = max(0, offer.terms.amount - held)
+        self.check(offer.terms.amount, more, session)
+        if session.state is State.DIFFERS:
+            raise accounts_differ(session)
+        if not session.takes_calls(self.clock()) or more > session.rest:
+            raise Stale
+        if session.held > held and session.held + more > self.max_open(session):
+            return None
+        if not session.proven and self._others_ask(session, call):
+            return None
+        new = call is None or call.seq not in session.calls
+        call = call or Call(session, _new_seq(session), subject.url)
+        amount = Atomic(held + more)
+        if not self.memory.hold(call, amount, max(call.expires, expires), new=new):
             session.forget(call)
             raise PaymentOutcomeUnknown("another process of this wallet has settled the call")
-        session.held = Atomic(session.held + hold - session.held_by(call))
+        session.held = Atomic(session.held + more)
         # Headroom of calls that came cheaper is used up before the total is raised.
         session.cumulative = Atomic(max(session.cumulative, session.spent))
         self.memory.come_back()
         self.memory.save(session)
+        return call, amount, session.cumulative
+
+    def _others_ask(self, session: Session, call: Call | None) -> bool:
+        return session.busy(call) or self.memory.busy_elsewhere(session)
 
     @property
     def forked(self) -> bool:

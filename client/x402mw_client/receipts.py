@@ -16,6 +16,7 @@ from x402mw.core.tokens import Receipt, open_receipt
 from x402mw_client.answers import retry_after
 from x402mw_client.control import QUIET_SECONDS, control
 from x402mw_client.events import tell
+from x402mw_client.purse import Purse
 from x402mw_client.sessions import Session
 from x402mw_client.state import WalletState
 from x402mw_client.steps import Story, patiently
@@ -93,23 +94,23 @@ def _fetch(wallet: WalletState, session: Session) -> Story[None]:
         raise ReceiptRefused(f"it answered {answer.status_code}", session=session.name)
     text = loads_object(answer.content).get("receipt")
     receipt = read_receipt(session, text)
-    yield from patiently(lambda: keep_receipt(wallet, session, str(text), receipt, known))
+    purse = wallet.purse
+    yield from patiently(
+        lambda: purse.change(lambda: _keep(purse, session, str(text), receipt, known))
+    )
     found = newest_receipt(session)
     if found is not None:
         wallet.on_receipt(found)
 
 
-def keep_receipt(
-    wallet: WalletState, session: Session, text: str, receipt: Receipt, known: int
-) -> None:
+def _keep(purse: Purse, session: Session, text: str, receipt: Receipt, known: int) -> None:
     """Keeps a receipt if it fits: at least `known` is charged, at most what we believe to owe."""
-    with wallet.purse.changing():
-        if not known <= receipt.charged <= session.spent:
-            raise ReceiptRefused("the receipt does not fit our account", session=session.name)
-        # One that was asked for later may have overtaken it.
-        if receipt.charged >= _charged(session):
-            session.receipt = text
-            wallet.purse.memory.save(session)
+    if not known <= receipt.charged <= session.spent:
+        raise ReceiptRefused("the receipt does not fit our account", session=session.name)
+    # One that was asked for later may have overtaken it.
+    if receipt.charged >= _charged(session):
+        session.receipt = text
+        purse.memory.save(session)
 
 
 def _charged(session: Session) -> int:

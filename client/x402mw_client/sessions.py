@@ -177,7 +177,7 @@ class Session:
         """The 64-byte signing key of this session."""
         return secret_key(self.seed)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The session's id as it is written."""
         return ids.format_id(ids.ESCROW, self.id)
@@ -262,11 +262,6 @@ def session_key(origin: str, terms: Terms) -> tuple[str, str, bytes]:
 def deposit_target(amount: int, suggested: int, least: int, most: int) -> Atomic:
     """What to lock for calls of `amount`: a hundred of them, or what the provider suggests."""
     return Atomic(min(max(least, suggested, 100 * amount), most))
-
-
-def differs(session: Session) -> bool:
-    """The largest-total rule: with nothing open, the provider's total must be our sum."""
-    return session.held == 0 and session.total_seen != session.charged
 
 
 def newer_token(session: Session, token: str | None, now: float) -> str:

@@ -7,7 +7,7 @@ from x402mw.core.amounts import ZERO, Atomic, parse_atomic, to_atomic
 from x402mw.core.errors import ConfigurationError, TokenRefused
 from x402mw.core.keys import PUBLIC_KEY_BYTES, check_public_key
 from x402mw.core.strict import b64url_decode, b64url_encode
-from x402mw.core.tokens import open_key_set
+from x402mw.core.tokens import KeySet, open_key_set
 from x402mw.core.vouchers import network_id
 from x402mw_client.events import Events
 from x402mw_client.limits import Limits
@@ -78,16 +78,18 @@ class WalletState:
         key_set = open_key_set(keys.key_set, root)
         if self.network not in ("", key_set.network):
             raise TokenRefused("the escrow's network is not the one that is pinned")
-        with self.purse.changing(durable=True):
-            # Another process may have pinned meanwhile: then its word holds.
-            if not self.recall():
-                self.memory.set("escrow", self.escrow)
-                self.memory.set("root", b64url_encode(root))
-                self.memory.set("network", key_set.network)
-                self.memory.set("min_escrow", str(key_set.min_escrow))
-            elif root != self._root:
-                raise TokenRefused("another process has pinned another root key")
+        self.purse.change(lambda: self._pin(root, key_set), durable=True)
         self._believe(root, key_set.network, key_set.min_escrow)
+
+    def _pin(self, root: bytes, key_set: KeySet) -> None:
+        # Another process may have pinned meanwhile: then its word holds.
+        if not self.recall():
+            self.memory.set("escrow", self.escrow)
+            self.memory.set("root", b64url_encode(root))
+            self.memory.set("network", key_set.network)
+            self.memory.set("min_escrow", str(key_set.min_escrow))
+        elif root != self._root:
+            raise TokenRefused("another process has pinned another root key")
 
     def _believe(self, root: bytes, network: str, min_escrow: Atomic) -> None:
         self._root, self.network, self.min_escrow = root, network, min_escrow
