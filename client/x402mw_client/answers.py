@@ -6,7 +6,8 @@ nothing, and may be re-sent only where that can do no harm.
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 import httpx
 
@@ -38,8 +39,7 @@ class Verdict(Enum):
     FOREIGN = "not our provider's word: to the caller, and never sent again"
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(NamedTuple):
     """The provider's account of our call, out of `PAYMENT-RESPONSE`."""
 
     state: str
@@ -59,10 +59,10 @@ class _Row:
     reason: str | None = None
     statuses: tuple[int, ...] = ()
 
-    def fits(self, status: int, word: Word) -> bool:
+    def fits(self, status: int, state: str, reason: str) -> bool:
         return (
-            (self.state is None or self.state == word.state)
-            and (self.reason is None or self.reason == word.reason)
+            (self.state is None or self.state == state)
+            and (self.reason is None or self.reason == reason)
             and (not self.statuses or status in self.statuses)
         )
 
@@ -92,7 +92,12 @@ def classify(answer: httpx.Response | None, word: Word | None) -> Verdict:
         return Verdict.LOST
     if word is None:
         return Verdict.LOST if answer.status_code in LOST_STATUSES else Verdict.FOREIGN
-    return next(row.verdict for row in _WITH_WORD if row.fits(answer.status_code, word))
+    return _judge(answer.status_code, word.state, word.reason)
+
+
+@lru_cache(maxsize=256)
+def _judge(status: int, state: str, reason: str) -> Verdict:
+    return next(row.verdict for row in _WITH_WORD if row.fits(status, state, reason))
 
 
 def read_word(answer: httpx.Response | None, seq: int) -> Word | None:

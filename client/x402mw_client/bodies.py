@@ -125,6 +125,8 @@ def _whole(answer: httpx.Response, content: bytes) -> httpx.Response:
 
 async def read_request_async(request: httpx.Request, origin: str, limit: int) -> Outgoing:
     """Reads a request's body up to `limit` bytes; a longer one can be sent only once."""
+    if isinstance(request.stream, httpx.ByteStream):
+        return read_request(request, origin, limit)
     stream = aiter(request.stream)  # type: ignore[arg-type]  # httpx has checked its kind
     taken: list[bytes] = []
     size = 0

@@ -63,6 +63,7 @@ class Books:
         self.signal = Signal(POLL_SECONDS if memory.shared else None)
         self.lock = threading.RLock()
         self.sessions: dict[bytes, Session] = {}
+        self._by_key: dict[Key, list[Session]] = {}
         self.openings: dict[Key, Opening] = {}
         self.past = Past()
         self._read_offer = read_offer
@@ -86,8 +87,11 @@ class Books:
 
     def look(self) -> None:
         """Takes up what other processes changed; if that fails, what is known stands."""
-        with self.lock, suppress(sqlite3.Error):
-            self._catch_up()
+        with self.lock:
+            try:
+                self._catch_up()
+            except sqlite3.Error:
+                return
 
     def _catch_up(self) -> None:
         news = self.memory.news()
@@ -99,17 +103,30 @@ class Books:
         if news.everything:
             for gone in self.sessions.keys() - found.keys():
                 # A story may still have it: it signs nothing in what the others have forgotten.
-                self.sessions.pop(gone).state = State.CLOSED
+                self.sessions[gone].state = State.CLOSED
+                self._forget(self.sessions[gone])
         for name, row in found.items():
             session = self.sessions.get(name)
             if session is None:
-                session = self.sessions[name] = self._new_session(row)
+                session = self._know(self._new_session(row))
             session.state = State(row[4])
             for column, value in zip(COLUMNS[5:], row[5:], strict=True):
                 setattr(session, column, value)
         openings = (self._read_opening(row) for row in news.openings)
         self.openings = {opening.pays_for: opening for opening in openings}
         self.past = news.past
+
+    def _know(self, session: Session) -> Session:
+        self.sessions[session.id] = session
+        self._by_key.setdefault(session.key, []).append(session)
+        return session
+
+    def _forget(self, session: Session) -> None:
+        del self.sessions[session.id]
+        alike = self._by_key[session.key]
+        alike.remove(session)
+        if not alike:
+            del self._by_key[session.key]
 
     def _new_session(self, row: Row) -> Session:
         offer = self._read_offer(json.loads(row[2]))
@@ -143,12 +160,13 @@ class Books:
 
     def usable(self, key: Key) -> Session | None:
         """The session that may pay for new calls, if there is one."""
-        self.look()
+        now = self.clock()
         with self.lock:
-            for session in reversed(self.sessions.values()):
-                if session.key == key and session.state is State.DIFFERS:
+            self.look()
+            for session in reversed(self._by_key.get(key, ())):
+                if session.state is State.DIFFERS:
                     raise accounts_differ(session)
-                if session.key == key and session.takes_calls(self.clock()):
+                if session.takes_calls(now):
                     return session
         return None
 
@@ -293,7 +311,7 @@ class Books:
         known = self.sessions.get(session.id)
         if known is None:
             self.memory.add(session)
-            known = self.sessions[session.id] = session
+            known = self._know(session)
         self._forget_old()
         return known
 
@@ -308,7 +326,7 @@ class Books:
                 worst = Atomic(self.past.worst + session.at_worst(now))
                 self.past = Past(charged, worst)
                 self.memory.fold(session, self.past)
-                del self.sessions[session.id]
+                self._forget(session)
 
     def renew(self, session: Session, record: EscrowRecord) -> None:
         """Takes over what the escrow says of an open session: it only ever grows."""

@@ -33,8 +33,10 @@ T = TypeVar("T", bound=BaseModel)
 
 def check_secure(url: httpx.URL) -> httpx.URL:
     """Returns the URL if it is https or this very machine, else raises `InsecureOrigin`."""
+    if url.scheme == "https":
+        return url
     local = url.host in ("localhost", "::1") or _LOOPBACK.fullmatch(url.host) is not None
-    if url.scheme == "https" or (url.scheme == "http" and local):
+    if url.scheme == "http" and local:
         return url
     raise InsecureOrigin(f"{url.scheme}://{url.host} is neither https nor this machine")
 

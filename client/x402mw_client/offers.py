@@ -26,6 +26,7 @@ ACCEPTS_BYTES_MAX = 1400
 ORIGINS_MAX = 1024
 PLACES_MAX = 8192
 OFFERS_PER_ORIGIN_MAX = 256
+FOUND_MAX = 1024
 # An absolute path of its own origin and nothing else: no host, no query, no way up.
 CONTROL = re.compile(r"/(?!/)[A-Za-z0-9._~/-]*", re.ASCII)
 
@@ -109,9 +110,13 @@ def choose(
 
 @dataclass
 class LearntOffers:
-    """Offers by origin, the latest last; bounded, the oldest forgotten first."""
+    """Offers by origin, the latest last; bounded, the oldest forgotten first.
+
+    What was found is kept until an offer changes: most calls ask for what was asked for before.
+    """
 
     _origins: OrderedDict[str, list[Offer]] = field(default_factory=OrderedDict)
+    _found: dict[tuple[str, str, str], Offer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def learn(self, origin: str, offer: Offer) -> None:
@@ -119,6 +124,7 @@ class LearntOffers:
         terms = offer.terms
         route = (terms.method, terms.route)
         with self._lock:
+            self._found.clear()
             kept = [
                 known
                 for known in self._origins.get(origin, ())
@@ -132,15 +138,23 @@ class LearntOffers:
     def forget(self, origin: str, offer: Offer) -> None:
         """Forgets an offer that turned out not to hold."""
         with self._lock:
+            self._found.clear()
             kept = [known for known in self._origins.get(origin, ()) if known is not offer]
             self._origins[origin] = kept
 
     def find(self, request: Outgoing) -> Offer | None:
         """The latest offer that fits; a GET may use what a HEAD learnt, and the other way round."""
-        for offer in reversed(self._origins.get(request.origin, [])):
-            if covers(offer, request.method, request.path):
-                return offer
-        return None
+        asked = request.origin, request.method, request.path
+        with self._lock:
+            found = self._found.get(asked)
+            if found is None:
+                offers = reversed(self._origins.get(request.origin, ()))
+                found = next((one for one in offers if covers(one, *asked[1:])), None)
+                if found is not None:
+                    if len(self._found) == FOUND_MAX:
+                        self._found.clear()
+                    self._found[asked] = found
+            return found
 
 
 @dataclass

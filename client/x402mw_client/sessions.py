@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from x402mw.core import ids
 from x402mw.core.amounts import ZERO, Atomic
@@ -69,8 +69,7 @@ class Offer:
         return dumps(self.accepts)
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
+class Subject(NamedTuple):
     """The request that a signature is for; `body_hash` None leaves the body unbound."""
 
     method: str

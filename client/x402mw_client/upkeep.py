@@ -44,6 +44,8 @@ SECTION_SECONDS = 60.0
 ENDED_REASONS = ("session_ending", "invalid_state", "not_found")
 UNDECIDED = (401, 403, 429)
 """Refusals that come before the escrow looks at what it did under the same idempotency key."""
+LOW_PART = 10
+"""A session whose rest is below this part of its target is topped up."""
 PAUSE_SECONDS = 30.0
 """What can wait and failed is tried again after this long."""
 
@@ -88,10 +90,15 @@ def funded_session(
             with wallet.sections.leaving(("open", key)):
                 # Another process may have opened one just before.
                 session = wallet.purse.usable(key) or (yield from _open(wallet, origin, offer))
-    yield from _fresh_token(wallet, session)
-    if not session.takes_calls(wallet.clock()):
+    now, expires = wallet.clock(), session.opened_token().exp
+    if now >= expires - RENEW_SECONDS:
+        yield from _fresh_token(wallet, session, now, expires)
+        now = wallet.clock()
+    if not session.takes_calls(now):
         raise Stale
-    yield from _cover(wallet, session, offer, max(0, amount - session.held_by(call)))
+    more = max(0, amount - session.held_by(call))
+    if session.rest < max(more, session.target // LOW_PART):
+        yield from _cover(wallet, session, offer, more)
     return session
 
 
@@ -226,10 +233,9 @@ def _enter(
     return entered
 
 
-def _fresh_token(wallet: WalletState, session: Session) -> Story[None]:
+def _fresh_token(wallet: WalletState, session: Session, now: float, expires: int) -> Story[None]:
     """Renews the token near its end; until it has ended nobody waits long for that."""
-    now, expires = wallet.clock(), session.opened_token().exp
-    if now >= expires or (now >= expires - RENEW_SECONDS and now >= session.renew_after):
+    if now >= expires or now >= session.renew_after:
         session.renew_after = now + PAUSE_SECONDS
         yield from renew_token(wallet, session, urgent=now >= expires)
 
@@ -259,7 +265,7 @@ def renew_token(wallet: WalletState, session: Session, *, urgent: bool) -> Story
 
 def _cover(wallet: WalletState, session: Session, offer: Offer, more: int) -> Story[None]:
     """Tops the session up to its target when its rest runs low; a call that fits does not wait."""
-    low = session.target // 10 if wallet.clock() >= session.topup_after else 0
+    low = session.target // LOW_PART if wallet.clock() >= session.topup_after else 0
     urgent = session.rest < more
     if not urgent and session.rest >= low:
         return
