@@ -19,6 +19,7 @@ import httpx
 from bench.market import Account, Market
 from bench.processes import Process
 from bench.servers import Servers
+from x402mw.core.strict import dumps
 from x402mw.core.vouchers import parse_voucher
 from x402mw_client import Limits, PaymentTransport, Wallet
 
@@ -57,7 +58,7 @@ def _decoded(value: str) -> Any:
 
 
 def _encoded(content: Any) -> str:
-    return base64.b64encode(json.dumps(content).encode()).decode()
+    return base64.b64encode(dumps(content)).decode()
 
 
 def bare_reply(shop: Process) -> Reply:

@@ -4,6 +4,7 @@ Only `PAYMENT-RESPONSE` with our own seq is the provider's word. An answer witho
 nothing, and may be re-sent only where that can do no harm.
 """
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -14,8 +15,8 @@ import httpx
 from x402mw.core import headers
 from x402mw.core.amounts import ZERO, Atomic, parse_atomic
 from x402mw.core.errors import AmountInvalid, Malformed
-from x402mw.core.messages import SettlementResponse
-from x402mw.core.strict import loads_object
+from x402mw.core.messages import SettlementResponse, parse
+from x402mw.core.strict import b64_decode, loads_object
 
 SHORT_BYTES = 16 * 1024
 REASON_PREFIX = "invalid_batch_settlement_escrow_"
@@ -103,25 +104,60 @@ def _judge(status: int, state: str, reason: str) -> Verdict:
 def read_word(answer: httpx.Response | None, seq: int) -> Word | None:
     """The provider's word on the call `seq`; None if there is none, or it is garbage."""
     value = None if answer is None else answer.headers.get(headers.PAYMENT_RESPONSE)
-    if value is None:
+    if value is None or len(value) > headers.RESPONSE_BYTES_MAX:
         return None
     try:
-        said = headers.decode_header(SettlementResponse, value.encode(), headers.RESPONSE_BYTES_MAX)
-        extra = said.extra
-        if extra is None or extra.seq != str(seq):
-            return None
-        return Word(
-            state=extra.state,
-            reason=(said.error_reason or "").removeprefix(REASON_PREFIX),
-            final=extra.final,
-            charge=ZERO if said.amount is None else parse_atomic(said.amount),
-            commitment=said.transaction,
-            charged_total=_total(extra.charged_total),
-            open_total=_total(extra.open_total),
-            voucher=extra.voucher,
-        )
+        raw = b64_decode(value.encode())
+        usual = _USUAL.fullmatch(raw)
+        found, word = _read_any(raw) if usual is None else _read_usual(*usual.groups())
     except (Malformed, AmountInvalid, UnicodeEncodeError):
         return None
+    return word if found == str(seq) else None
+
+
+# What ends most calls, as our providers write it. It is read here as `_read_any` reads it, which
+# takes five times as long: no escapes, no key twice, and amounts of so few digits are in range.
+_AMOUNT = '"(0|[1-9][0-9]{0,17})"'
+_USUAL = re.compile(
+    (
+        r'\{"success":true,"transaction":"([0-9a-f]{64})","network":"[0-9A-Za-z:._-]{1,128}",'
+        rf'"amount":{_AMOUNT},"extra":\{{"seq":"([0-9]{{1,19}})","state":"settled","final":true,'
+        rf'"chargedTotal":{_AMOUNT},"openTotal":{_AMOUNT}\}},"payer":"[0-9a-z_]{{1,128}}"\}}'
+    ).encode()
+)
+
+
+def _read_usual(
+    commitment: bytes, charge: bytes, seq: bytes, charged: bytes, opened: bytes
+) -> tuple[str, Word]:
+    word = Word(
+        state="settled",
+        reason="",
+        final=True,
+        charge=Atomic(int(charge)),
+        commitment=commitment.decode(),
+        charged_total=Atomic(int(charged)),
+        open_total=Atomic(int(opened)),
+    )
+    return seq.decode(), word
+
+
+def _read_any(raw: bytes) -> tuple[str | None, Word | None]:
+    said = parse(SettlementResponse, raw)
+    extra = said.extra
+    if extra is None:
+        return None, None
+    word = Word(
+        state=extra.state,
+        reason=(said.error_reason or "").removeprefix(REASON_PREFIX),
+        final=extra.final,
+        charge=ZERO if said.amount is None else parse_atomic(said.amount),
+        commitment=said.transaction,
+        charged_total=_total(extra.charged_total),
+        open_total=_total(extra.open_total),
+        voucher=extra.voucher,
+    )
+    return extra.seq, word
 
 
 def _total(text: str | None) -> Atomic | None:

@@ -1,20 +1,34 @@
 """The buyer's table, row by row: what each answer to a payment does to the hold and the caller."""
 
+import json
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.client.scripted import ORIGIN, route, sent_payment, sent_voucher
 from tests.client.world import World
+from tests.support import payments
+from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.errors import (
     AccountsDiffer,
     PaidOutcomeGone,
     PaymentOutcomeUnknown,
     PaymentRefused,
 )
+from x402mw.core.strict import b64_decode, b64_encode, dumps
+from x402mw.provider.answers import Figures, payment_response
+from x402mw_client import answers
+from x402mw_client.answers import Word, read_word
 
 pytestmark = pytest.mark.anyio
+
+
+def said(raw: bytes) -> httpx.Response:
+    """An answer with these bytes as the provider's word."""
+    return httpx.Response(200, headers={"PAYMENT-RESPONSE": b64_encode(raw)})
 
 
 async def warm(world: World) -> None:
@@ -106,6 +120,44 @@ async def test_a_garbled_word_is_no_word(world: World, garbage: str) -> None:
     world.provider.script = [world.provider.answer(200, PAYMENT_RESPONSE=garbage)]
     assert (await world.get("/item/a")).text == "proxy"
     assert world.money() == (1000, 1000)
+
+
+USUAL = {
+    "success": True, "transaction": "0f" * 32, "network": "escrow:test", "amount": "1000",
+    "extra": {
+        "seq": "7", "state": "settled", "final": True, "chargedTotal": "5000", "openTotal": "0",
+    },
+    "payer": "ag_" + "0b" * 16,
+}  # fmt: skip
+OTHERS = ["", "0", "00", "7", "-1", "1000", "1" * 18, "1" * 19, "9" * 19, "é", "\\", '"', None, 7]
+
+
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys(USUAL, st.sampled_from(OTHERS))),
+    st.dictionaries(st.sampled_from([*USUAL["extra"], "voucher"]), st.sampled_from(OTHERS)),
+)
+def test_the_usual_word_reads_like_any_other(one: dict[str, Any], inner: dict[str, Any]) -> None:
+    """A word in the form of our providers means what the same word in another form means."""
+    content = USUAL | {"extra": USUAL["extra"] | inner} | one
+    usual = read_word(said(dumps(content)), 7)
+    assert usual == read_word(said(json.dumps(content, indent=1).encode()), 7)
+
+
+def test_our_providers_write_the_usual_word() -> None:
+    """What ends a paid call of our own provider is read the short way, and right."""
+    figures = Figures(bytes(32), 7, payments.PAYER, "settled", True, ZERO, Atomic(5000), ZERO)
+    raw = b64_decode(payment_response(payments.BOOK, figures)[1])
+    assert answers._USUAL.fullmatch(raw)
+    assert read_word(said(raw), 7) == Word("settled", "", True, 0, "00" * 32, 5000, 0)
+
+
+@pytest.mark.parametrize("at", range(len(dumps(USUAL))))
+def test_a_usual_word_with_one_byte_changed(at: int) -> None:
+    """Whatever stands in a place of it, it is read as if there were no usual form."""
+    for byte in b' 0"}\\x\n\x80':
+        raw = bytearray(dumps(USUAL))
+        raw[at] = byte
+        assert read_word(said(bytes(raw)), 7) == read_word(said(bytes(raw) + b" "), 7)
 
 
 async def test_a_word_on_another_call_is_no_word(world: World) -> None:
