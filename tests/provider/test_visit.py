@@ -284,7 +284,8 @@ async def test_a_slow_body_is_refused(shop, monkeypatch):
     monkeypatch.setattr(request, "BODY_SECONDS_MAX", 0.05)
     payment = shop.payment("POST /bound", target="/bound", cumulative=2000)
     line = Line([])
-    await shop.app(make_scope("POST", "/bound", [shop.header(payment)]), line.receive, line.send)
+    headers = [(b"transfer-encoding", b"chunked"), shop.header(payment)]
+    await shop.app(make_scope("POST", "/bound", headers), line.receive, line.send)
     await refused(shop, line.answer, 408, "body_timeout", final=False)
 
 

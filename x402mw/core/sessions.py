@@ -99,7 +99,7 @@ def admit(account: Account, *, cumulative: Atomic, amount: Atomic, deposit: Atom
     if account.charged + account.reserved + amount > best:
         raise NotCovered("the vouchers of this session do not cover this call")
     reserved = Atomic(account.reserved + amount)
-    return replace(account, deposit=deposit, best=best, reserved=reserved)
+    return Account(deposit, best, account.charged, reserved, account.state)
 
 
 def settle(account: Account, *, reserved: Atomic, charge: Atomic) -> Account:
@@ -107,8 +107,5 @@ def settle(account: Account, *, reserved: Atomic, charge: Atomic) -> Account:
     if not 0 <= charge <= reserved <= account.reserved:
         raise ValueError("a charge lies between nothing and what the call reserved")
     account = move(account, SessionEvent.SETTLE)
-    return replace(
-        account,
-        charged=Atomic(account.charged + charge),
-        reserved=Atomic(account.reserved - reserved),
-    )
+    charged, reserved = Atomic(account.charged + charge), Atomic(account.reserved - reserved)
+    return Account(account.deposit, account.best, charged, reserved, account.state)

@@ -93,7 +93,9 @@ def same(left: Any, right: Any) -> bool:
         return False
     # Equal by value, so the shapes are the same, and nothing but a string equals a string.
     if isinstance(left, dict):
-        return all(type(one) is str or same(one, right[key]) for key, one in left.items())
+        for key, one in left.items():
+            if type(one) is not str and not same(one, right[key]):
+                return False
     if isinstance(left, list):
         return all(map(same, left, right))
     return True

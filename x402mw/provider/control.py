@@ -65,7 +65,7 @@ async def _read(
     values = request.payment_headers(scope)
     claim = gate.inspect(values, service.book, service.link.open_token, control=True)
     request.check_length(scope, CONTROL_BODY_BYTES_MAX)
-    body, body_hash = await request.read_body(receive, CONTROL_BODY_BYTES_MAX)
+    body, body_hash = await request.read_body(scope, receive, CONTROL_BODY_BYTES_MAX)
     gate.bind(
         claim,
         method=scope["method"],

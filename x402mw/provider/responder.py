@@ -186,7 +186,8 @@ class PaidCall:
     async def _durably(self, write: Awaitable[T]) -> T:
         """Awaits a write of the journal; the call's time stands still meanwhile."""
         deadline = self.limit.when()
-        self.limit.reschedule(None)
+        if deadline is not None:
+            self.limit.reschedule(None)
         try:
             return await write
         except JournalUnavailable:
@@ -194,7 +195,8 @@ class PaidCall:
             self.service.events.journal_unavailable()
             raise ConnectionAbortedError("the journal cannot be written") from None
         finally:
-            self.limit.reschedule(deadline)
+            if deadline is not None:
+                self.limit.reschedule(deadline)
 
     def _outcome(self, body: bytes) -> Outcome | None:
         if self.start is None or not self.served.route.options.store_body:

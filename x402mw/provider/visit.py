@@ -60,7 +60,7 @@ class PaidVisit:
         bytes_max = self.served.route.options.body_bytes_max
         request.check_length(self.scope, bytes_max)
         if claim.binding == BIND_BODY:
-            body, body_hash = await request.read_body(self.receive, bytes_max)
+            body, body_hash = await request.read_body(self.scope, self.receive, bytes_max)
             self.receive = request.replay_body(body, self.receive)
         gate.bind(
             claim,

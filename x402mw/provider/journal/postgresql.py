@@ -40,7 +40,12 @@ VERSION_SETTING = "schema_version"
 READ_VERSION = "SELECT value FROM settings WHERE key = $1"
 WRITE_VERSION = f"INSERT INTO settings VALUES ('{VERSION_SETTING}', '{SCHEMA_VERSION}')"  # noqa: S608
 
-LOCK_TOTALS = rows.READ_TOTALS.replace(" FROM", ", pg_current_xact_id()::text FROM") + " FOR UPDATE"
+LOCK_TOTALS = (
+    rows.READ_TOTALS.replace(" FROM", ", pg_current_xact_id()::text, xmin::text::bigint FROM")
+    + " FOR UPDATE"
+)
+XMIN_BITS = 32
+"""A row knows who wrote it by so many of the lower bits of a transaction's number."""
 TRIES = 3
 LOST = (
     asyncpg.PostgresConnectionError,
@@ -69,6 +74,7 @@ class PostgresqlStore:
         self._seen_free: Counter[int] = Counter()
         self._seized: list[int] = []
         self._batch = ""
+        self._written_by = self._last = -1
         self._loop = asyncio.new_event_loop()
         try:
             self._wait(self._open())
@@ -141,8 +147,13 @@ class PostgresqlStore:
 
     async def _lock_totals(self) -> Values:
         await self._book.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
-        ((*totals, self._batch),) = await self._book.fetch(LOCK_TOTALS)
+        ((*totals, self._batch, self._written_by),) = await self._book.fetch(LOCK_TOTALS)
         return tuple(totals)
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether nobody has written since our last batch was committed."""
+        return self._written_by == self._last
 
     async def _come_back(self) -> None:
         if not self._life.up:
@@ -155,6 +166,8 @@ class PostgresqlStore:
                 await self._take_worker()
         if not self._book.up:
             await self._book.connect()
+            # It may be another server by now, which numbers its transactions anew.
+            self._last = -1
 
     def look(self) -> Values:
         """Begins a transaction that sees one moment of the tables."""
@@ -170,6 +183,7 @@ class PostgresqlStore:
                 raise
             self._book.drop()
             raise CommitUnknown(f"lost over a commit: {error}", self._batch) from error
+        self._last = int(self._batch) % 2**XMIN_BITS
 
     def committed(self, ticket: str) -> bool:
         """Asks the server what became of a transaction."""

@@ -20,6 +20,7 @@ def forget(transaction: Transaction) -> bool:
 
     Runs before any operation of its transaction has read a row.
     """
+    transaction.forget_known()
     now, totals = int(transaction.now), transaction.totals
     calls = transaction.select(rows.FORGETTABLE_CALLS, (now, FORGET_AT_ONCE))
     for session, seq, forget_at in calls:

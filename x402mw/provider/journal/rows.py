@@ -9,12 +9,15 @@ are atomic units, times whole seconds, ids raw bytes.
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.gate import Call, CallState, Outcome
 from x402mw.core.sessions import Account, SessionState
 from x402mw.provider.journal.store import Table, Values
+
+FIELDS_CACHED = 256
 
 
 @dataclass(slots=True)
@@ -69,7 +72,8 @@ class SessionRow(NamedTuple):
         """What we would lose if the escrow never came back: charged and reserved, not yet paid."""
         if self.written_off:
             return 0
-        return max(0, self.account.charged + self.account.reserved - self.paid)
+        account = self.account
+        return max(0, account.charged + account.reserved - self.paid)
 
 
 class CallRow(NamedTuple):
@@ -315,10 +319,14 @@ def read_outcome(values: Values) -> Outcome:
     return Outcome(status, pairs, body, credentials)
 
 
+@lru_cache(maxsize=FIELDS_CACHED)
+def _write_fields(found: tuple[tuple[bytes, bytes], ...]) -> str:
+    # The answers of a route mostly have the same ones.
+    return json.dumps([(name.decode("latin-1"), value.decode("latin-1")) for name, value in found])
+
+
 def write_outcome(outcome: Outcome) -> Values:
     """The values of (status, headers, body, credentials, size)."""
-    fields = json.dumps(
-        [(name.decode("latin-1"), value.decode("latin-1")) for name, value in outcome.headers]
-    )
+    fields = _write_fields(outcome.headers)
     size = len(outcome.body) + len(fields)
     return outcome.status, fields, outcome.body, outcome.credentials, size

@@ -158,6 +158,8 @@ def open_database(path: str, durability: Durability, *, alone: bool) -> sqlite3.
 def _prepare(connection: sqlite3.Connection, path: str, durability: Durability) -> None:
     try:
         connection.execute(f"PRAGMA synchronous = {SYNCHRONOUS[durability]}")
+        # Each statement of many rows can be taken back by itself: by default, from a file.
+        connection.execute("PRAGMA temp_store = MEMORY")
         check_integrity(connection, path)
         connection.execute("PRAGMA journal_mode = WAL")
         _migrate(connection, path)

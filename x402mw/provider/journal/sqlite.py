@@ -43,6 +43,7 @@ class SqliteStore:
         self._path = path
         self._folder = Path(f"{path}-locks")
         self._seized: list[FileLock] = []
+        self._version = self._version_before = 0
         with contextlib.ExitStack() as opened:
             try:
                 self._open(opened, durability)
@@ -98,7 +99,15 @@ class SqliteStore:
         if not self._turn.take(TURN_SECONDS):
             raise StoreFailed("another worker does not end its turn")
         self.connection.execute("BEGIN IMMEDIATE")
+        # It changes with what other connections commit, and with nothing else.
+        self._version_before = self._version
+        (self._version,) = self.connection.execute("PRAGMA data_version").fetchone()
         return self._totals()
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether nobody has written since our last batch was committed."""
+        return self._version == self._version_before
 
     def look(self) -> Values:
         """Begins a transaction that sees one moment of the file."""

@@ -82,6 +82,10 @@ class Store(Protocol):
     worker: int
     alone: bool
 
+    @property
+    def undisturbed(self) -> bool:
+        """Within a batch: whether nobody has written since our last one was committed."""
+
     def begin(self) -> Values:
         """Waits for our turn, begins a batch, and returns the row of `totals`."""
 

@@ -10,13 +10,15 @@ from dataclasses import astuple
 from typing import Any, NamedTuple
 
 from x402mw.core.amounts import Atomic
-from x402mw.core.gate import Outcome
+from x402mw.core.gate import CallState, Outcome
 from x402mw.provider.journal import rows
 from x402mw.provider.journal.rows import CallRow, Meter, SessionRow, Totals
 from x402mw.provider.journal.shared import Shared, read_shared
 from x402mw.provider.journal.store import Store, Values, check_types
 
 OLDEST_AT_ONCE = 64
+KNOWN_MAX = 2000
+"""Rows of one kind that are kept in mind between batches."""
 
 CallKey = tuple[bytes, int]
 MeterKey = tuple[bytes, bytes]
@@ -30,14 +32,44 @@ class Needs(NamedTuple):
     terms: bytes | None = None
 
 
+class Known:
+    """Rows that our last batches have read or written, from which the next one may go on.
+
+    Once somebody else has written, or a batch has failed, it is thrown away.
+    """
+
+    def __init__(self) -> None:
+        self.sessions: dict[bytes, SessionRow | None] = {}
+        self.calls: dict[CallKey, CallRow | None] = {}
+        self.meters: dict[MeterKey, Meter | None] = {}
+
+    def trim(self, calls: Iterable[CallKey]) -> None:
+        """After a batch: keeps of its `calls` those that run, and of the others not too many."""
+        for key in calls:
+            row = self.calls.get(key)
+            if row is None or row.state is CallState.SETTLED:
+                self.calls.pop(key, None)
+        for found in (self.sessions, self.calls, self.meters):
+            if len(found) > KNOWN_MAX:
+                found.clear()
+
+
 class Transaction:
     """The rows of one batch. `now` is in seconds; `totals` follow every row that is put.
 
-    `worker` is the number of the process that writes, `shared` what all workers have in common.
+    `worker` is the number of the process that writes, `shared` what all workers have in common,
+    `known` what the batches before have left.
     """
 
     def __init__(
-        self, store: Store, totals: Totals, *, now: float, shared: Shared, outcome_bytes_max: int
+        self,
+        store: Store,
+        totals: Totals,
+        *,
+        now: float,
+        shared: Shared,
+        known: Known,
+        outcome_bytes_max: int,
     ) -> None:
         self.now = now
         self.totals = totals
@@ -46,9 +78,9 @@ class Transaction:
         self._store = store
         self._changed = False
         self._outcome_bytes_max = outcome_bytes_max
-        self._sessions: dict[bytes, SessionRow | None] = {}
-        self._calls: dict[CallKey, CallRow | None] = {}
-        self._meters: dict[MeterKey, Meter | None] = {}
+        self._known = known
+        self._sessions, self._calls, self._meters = known.sessions, known.calls, known.meters
+        self._touched: set[CallKey] = set()
         self._new_sessions: dict[bytes, SessionRow] = {}
         self._new_calls: dict[CallKey, CallRow] = {}
         self._new_meters: dict[MeterKey, Meter] = {}
@@ -57,21 +89,28 @@ class Transaction:
     def fetch(self, needs: Iterable[Needs]) -> None:
         """Reads what several operations are about all at once, which is only a matter of speed."""
         needs = set(needs)
-        self._fetch_sessions({(session,) for session, _, _ in needs})
-        self._fetch_calls({(session, seq) for session, seq, _ in needs})
-        self._fetch_meters({(session, terms) for session, _, terms in needs if terms is not None})
+        sessions = {session for session, _, _ in needs} - self._sessions.keys()
+        meters = {(session, terms) for session, _, terms in needs if terms is not None}
+        self._fetch_sessions([(session,) for session in sessions])
+        self._fetch_calls({(session, seq) for session, seq, _ in needs} - self._calls.keys())
+        self._fetch_meters(meters - self._meters.keys())
+
+    def forget_known(self) -> None:
+        """Has every row read anew: before rows are removed behind our back."""
+        for found in (self._sessions, self._calls, self._meters):
+            found.clear()
 
     # Rows that operations share.
 
     def session(self, session: bytes) -> SessionRow | None:
         """Returns the session's row."""
         if session not in self._sessions:
-            self._fetch_sessions({(session,)})
+            self._fetch_sessions([(session,)])
         return self._sessions[session]
 
-    def _fetch_sessions(self, keys: set[tuple[bytes]]) -> None:
+    def _fetch_sessions(self, keys: list[tuple[bytes]]) -> None:
         self._sessions.update((session, None) for (session,) in keys)
-        for values in self._store.read_rows(rows.SESSIONS, [*keys]):
+        for values in self._store.read_rows(rows.SESSIONS, keys):
             row = rows.read_session(values)
             self._sessions[row.id] = row
 
@@ -89,9 +128,11 @@ class Transaction:
         key = (session, seq)
         if key not in self._calls:
             self._fetch_calls({key})
+        self._touched.add(key)
         return self._calls[key]
 
     def _fetch_calls(self, keys: set[CallKey]) -> None:
+        self._touched |= keys
         self._calls.update((key, None) for key in keys)
         for values in self._store.read_rows(rows.CALLS, [*keys]):
             row = rows.read_call(values)
@@ -100,6 +141,7 @@ class Transaction:
     def put_call(self, row: CallRow) -> None:
         """Writes a call."""
         key = (row.session, row.seq)
+        self._touched.add(key)
         self._calls[key] = self._new_calls[key] = row
 
     def meter(self, session: bytes, terms: bytes) -> Meter | None:
@@ -169,6 +211,7 @@ class Transaction:
         if self._changed:
             self.totals.serial += 1
             self._store.select(rows.WRITE_TOTALS, astuple(self.totals))
+        self._known.trim(self._touched)
         return self._changed
 
     def _flush(self) -> None:

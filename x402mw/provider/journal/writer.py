@@ -32,7 +32,7 @@ from x402mw.provider.journal.retention import forget
 from x402mw.provider.journal.rows import Totals
 from x402mw.provider.journal.shared import Shared, new_identity, read_shared
 from x402mw.provider.journal.store import CommitUnknown, Conflict, RowRefused, Store, StoreFailed
-from x402mw.provider.journal.transaction import Needs, Transaction
+from x402mw.provider.journal.transaction import Known, Needs, Transaction
 
 BATCH_MAX = 1000
 FORGET_SECONDS = 10
@@ -65,6 +65,7 @@ class Writer:
         self.leads = False
         self.totals = Totals(0, Atomic(0), 0, 0, generation=-1)
         self._shared: Shared | None = None
+        self._known = Known()
         _writers.add(self)
 
     @property
@@ -166,6 +167,7 @@ class Writer:
             result = operation(transaction)
             self._commit(transaction)
         except Exception as error:
+            self._known = Known()
             raise self._store.explain(error) from error
         finally:
             self._end()
@@ -218,6 +220,7 @@ class Writer:
                 job.run(transaction)
             self._commit(transaction)
         except Exception as raised:
+            self._known = Known()
             self._end()
             error = self._store.explain(raised)
             if isinstance(error, Conflict) and tries > 1:
@@ -285,11 +288,14 @@ class Writer:
         known, gone_back = self._shared, totals.serial < self.totals.serial
         if known is None or gone_back or totals.generation != known.generation:
             self._shared = read_shared(self._store, totals.generation)
+        if gone_back or not self._store.undisturbed:
+            self._known = Known()
         transaction = Transaction(
             self._store,
             totals,
             now=self._clock(),
             shared=self.shared,
+            known=self._known,
             outcome_bytes_max=self._outcome_bytes_max,
         )
         if gone_back:
