@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_u
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
+    DisconnectionError,
     InterfaceError,
     InternalError,
     OperationalError,
@@ -82,11 +83,25 @@ def open_engine(url: str) -> AsyncEngine:
         engine = create_async_engine(normal_url(url), **options)
         _prepare_sqlite(engine.sync_engine)
         return engine
-    options |= {"pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
+    options |= {"isolation_level": "READ COMMITTED"}
     try:
-        return create_async_engine(normal_url(url), **options)
+        engine = create_async_engine(normal_url(url), **options)
     except ImportError:
         raise ConfigurationError('PostgreSQL needs: pip install "x402mw[postgres]"') from None
+    _replace_closed(engine.sync_engine)
+    return engine
+
+
+def _replace_closed(engine: Engine) -> None:
+    """Takes no connection from the pool that the server has ended.
+
+    The driver knows by itself; to ask the server each time is three round trips.
+    """
+
+    @event.listens_for(engine, "checkout")
+    def checkout(connection: Any, _record: Any, _proxy: Any) -> None:
+        if connection.driver_connection.is_closed():
+            raise DisconnectionError
 
 
 def open_blocking(engine: AsyncEngine) -> Engine | None:
@@ -185,18 +200,19 @@ async def migrate(connection: AsyncConnection) -> None:
     if connection.dialect.name == "postgresql":
         await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_SETUP_LOCK})")
     try:
-        await connection.run_sync(_upgrade)
+        await connection.run_sync(upgrade)
     except CommandError:
         message = "this database was made by a newer version of x402mw"
         raise ConfigurationError(message) from None
 
 
-def _upgrade(connection: Connection) -> None:
+def upgrade(connection: Connection, revision: str = "head") -> None:
+    """Runs the migrations up to a revision."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, revision)
 
 
 def is_conflict(error: DBAPIError) -> bool:
