@@ -1,6 +1,7 @@
 """Runs seeds: one with its trace, or very many in several processes with a bar and a summary."""
 
 import gc
+import logging
 import multiprocessing
 import sys
 import time
@@ -53,6 +54,8 @@ def quietly_at(seed: int) -> Iterator[None]:
 def _begin_worker() -> None:
     sys.unraisablehook = lambda _: None
     warnings.simplefilter("ignore")
+    # What a killed process held is garbage here, of which its pool would tell line after line.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     gc.disable()
     gc.freeze()
 
