@@ -71,7 +71,6 @@ class GreedyBuyer:
         self.process = Process(world.loop, name)
         self.escrow = wallets.escrow_client(world.network, name, escrows.URL, account.api_key)
         self.sessions: dict[str, Loot] = {}
-        self.opened: set[str] = set()
         self.seen: list[tuple[httpx.Request, str]] = []
         self.calls = 0
         world.network.taps.append(self._listen)
@@ -117,7 +116,6 @@ class GreedyBuyer:
         )
         loot = Loot(record.session, seed, record.token or "", accepts["payTo"], accepts)
         self.sessions[provider.name] = loot
-        self.opened.add(ids.format_id(ids.ESCROW, loot.id))
         return loot
 
     async def _offer(self, provider: Any, work: Work) -> dict[str, Any]:
@@ -294,8 +292,9 @@ class GreedyBuyer:
     async def _break_in(self, provider: Any) -> None:
         """Operations on what belongs to others."""
         loot = await self._session(provider)
-        others = list(escrows.read_books(self.world.escrow.path).escrows)
-        victim = ids.parse_id(ids.ESCROW, self.rng.choice(others))
+        others = escrows.read_books(self.world.escrow.path).escrows
+        name = self.rng.choice(list(others))
+        victim = ids.parse_id(ids.ESCROW, name)
         journal = ids.parse_id(ids.JOURNAL, loot.accepts["extra"]["journal"])
         tries: list[Callable[[], Any]] = [
             lambda: self.escrow.close(victim),
@@ -308,8 +307,9 @@ class GreedyBuyer:
             lambda: self.escrow.topup(loot.id, Atomic(2**62)),
         ]
         number = self.rng.randrange(len(tries))
-        if number == 3 and ids.format_id(ids.ESCROW, victim) in self.opened:
-            self.world.oracle.by_hand[ids.format_id(ids.ESCROW, victim)] = DEPOSIT
+        if number == 3 and others[name].buyer == self.account.agent_id:
+            # One of its own, perhaps unknown to it: the answer to its opening was lost.
+            self.world.oracle.by_hand[name] = DEPOSIT
         await tries[number]()
 
     async def _all(self, many: Any) -> None:
