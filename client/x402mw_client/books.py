@@ -155,8 +155,10 @@ class Books:
         """What all sessions ever may have cost (`Session.at_worst`)."""
         now = self.clock()
         with self.lock:
-            live = sum(session.at_worst(now) for session in self.sessions.values())
-            return self.past.worst + live
+            total: int = self.past.worst
+            for session in self.sessions.values():
+                total += session.at_worst(now)
+            return total
 
     def usable(self, key: Key) -> Session | None:
         """The session that may pay for new calls, if there is one."""
@@ -204,6 +206,8 @@ class Books:
 
     def receipts_due(self) -> list[Session]:
         """The sessions whose provider is to be asked for a receipt now."""
+        if not self._receipts_due:
+            return []
         with self.lock:
             due, self._receipts_due = self._receipts_due, []
             return due

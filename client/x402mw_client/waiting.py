@@ -30,6 +30,9 @@ class Signal:
 
     def notify(self) -> None:
         """Wakes all waiters, of whatever loop or thread."""
+        if not self._waiters:
+            # Who begins to wait just now has not looked at its condition yet.
+            return
         with self._lock:
             waiters = tuple(self._waiters)
         for wake in waiters:

@@ -16,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import ConfigurationError, X402mwError
@@ -44,6 +45,7 @@ _CHANGING = (
 COLUMNS = ("id", "origin", "offer", "seed", "state", *_CHANGING)
 """The columns of `News.sessions`."""
 
+_changing = attrgetter(*_CHANGING)
 _NAMES = ", ".join(COLUMNS)
 _MARKS = ", ".join("?" * (len(COLUMNS) + 1))
 _ADD = f"INSERT INTO sessions ({_NAMES}, change) VALUES ({_MARKS})"  # noqa: S608 (constants)
@@ -160,8 +162,7 @@ class WalletFile(Memory):
 
     def _changed(self, session: Session) -> tuple[object, ...]:
         self._seen_change += 1
-        values = (getattr(session, name) for name in _CHANGING)
-        return (session.state.value, *values, self._seen_change)
+        return (session.state.value, *_changing(session), self._seen_change)
 
     def fold(self, session: Session, past: Past) -> None:
         self._db.execute("DELETE FROM calls WHERE session = ?", (session.id,))
