@@ -20,7 +20,7 @@ async def fetch_escrows(
     rows = await connection.execute(query, values)
     names = list(rows.keys())
     in_order = itemgetter(*map(names.index, Escrow._fields))
-    return [Escrow._make(in_order(row)) for row in rows]
+    return [Escrow._make(in_order(row)) for row in rows.all()]
 
 
 async def find_escrow(connection: AsyncConnection, escrow_id: str) -> Escrow | None:

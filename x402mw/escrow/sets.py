@@ -1,45 +1,70 @@
 """Many rows in one statement: a batch of a thousand vouchers may cost microseconds a row, not more.
 
-PostgreSQL takes an array for each column (`unnest`), SQLite a statement for so many rows at a time:
-one for each row would cost more, and hand the interpreter to and fro a thousand times. Values go to
-the driver as they are, so rows hold what the columns hold: text, integers, None.
+PostgreSQL takes an array for each column (`unnest`), and several sets in one round trip. SQLite
+takes a statement for so many rows at a time: one for each row would cost more, and hand the
+interpreter to and fro a thousand times. Values go to the driver as they are, so rows hold what the
+columns hold: text, integers, None.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from enum import Enum
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Column, ColumnElement, Table, Text, any_, bindparam, func, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 ROWS_AT_ONCE = 200
-Rows = Sequence[Sequence[Any]]
 
 
-async def insert_rows(
-    connection: AsyncConnection, table: Table, columns: tuple[str, ...], rows: Rows
-) -> None:
-    """Writes new rows; each has a value for each of these columns."""
-    dialect = connection.dialect.name
-    await _run(connection, rows, lambda count: _insert_text(dialect, table, columns, count))
+class Do(Enum):
+    """What a set does with its rows; but for `INSERT` the last column is the key of one row."""
+
+    INSERT = "insert"
+    UPDATE = "update"
+    ADD = "add"
 
 
-async def update_rows(
-    connection: AsyncConnection, table: Table, key: str, columns: tuple[str, ...], rows: Rows
-) -> None:
-    """Sets these columns in the rows with this key; each row ends with its key, given once."""
-    dialect, names = connection.dialect.name, (*columns, key)
-    await _run(connection, rows, lambda count: _update_text(dialect, table, names, "", count))
+class Shape(NamedTuple):
+    """What a set of rows is, without the rows."""
+
+    do: Do
+    table: Table
+    columns: tuple[str, ...]
 
 
-async def add_to_rows(
-    connection: AsyncConnection, table: Table, key: str, column: str, rows: Rows
-) -> None:
-    """Adds to one column of the rows with this key; each row is what to add, and its key."""
-    dialect, names, plus = connection.dialect.name, (column, key), f"old.{column} + "
-    await _run(connection, rows, lambda count: _update_text(dialect, table, names, plus, count))
+class Set(NamedTuple):
+    """Rows to write; each has a value for each column, and no two have one key."""
+
+    shape: Shape
+    rows: Sequence[Sequence[Any]]
+
+
+async def write(connection: AsyncConnection, *sets: Set) -> None:
+    """Writes sets; none may build on rows that another one of them makes."""
+    wanted = [each for each in sets if each.rows]
+    if not wanted:
+        return
+    if _is_postgresql(connection):
+        text = _together(tuple(each.shape for each in wanted))
+        columns = (map(list, zip(*each.rows, strict=True)) for each in wanted)
+        await connection.exec_driver_sql(text, tuple(chain.from_iterable(columns)))
+        return
+    for each in wanted:
+        await _write_sqlite(connection, each)
+
+
+async def _write_sqlite(connection: AsyncConnection, each: Set) -> None:
+    shape, rows = each
+    # Of two sizes only, so that both stay prepared.
+    rest = len(rows) % ROWS_AT_ONCE
+    for start in range(rest, len(rows), ROWS_AT_ONCE):
+        values = tuple(chain.from_iterable(rows[start : start + ROWS_AT_ONCE]))
+        await connection.exec_driver_sql(_sqlite_text(shape, ROWS_AT_ONCE), values)
+    if rest:
+        await connection.exec_driver_sql(_sqlite_text(shape, 1), list(map(tuple, rows[:rest])))
 
 
 def among(
@@ -60,47 +85,41 @@ def _is_postgresql(connection: AsyncConnection) -> bool:
     return connection.dialect.name == "postgresql"
 
 
-async def _run(connection: AsyncConnection, rows: Rows, text: Callable[[int], str]) -> None:
-    """Runs a statement, whose text depends on how many rows it takes."""
-    if not rows:
-        return
-    if _is_postgresql(connection):
-        await connection.exec_driver_sql(text(0), tuple(map(list, zip(*rows, strict=True))))
-        return
-    # Of two sizes only, so that both stay prepared.
-    rest = len(rows) % ROWS_AT_ONCE
-    for start in range(rest, len(rows), ROWS_AT_ONCE):
-        values = tuple(chain.from_iterable(rows[start : start + ROWS_AT_ONCE]))
-        await connection.exec_driver_sql(text(ROWS_AT_ONCE), values)
-    if rest:
-        await connection.exec_driver_sql(text(1), list(map(tuple, rows[:rest])))
-
-
 # Names of our own tables and columns only; what people send is in the parameters.
 
 
 @cache
-def _insert_text(dialect: str, table: Table, columns: tuple[str, ...], count: int) -> str:
-    into = f"INSERT INTO {table.name} ({', '.join(columns)})"
-    return f"{into} {_given(dialect, table, columns, count)}"
+def _sqlite_text(shape: Shape, count: int) -> str:
+    row = f"({', '.join('?' * len(shape.columns))})"
+    return _text(shape, f"VALUES {', '.join([row] * count)}")
 
 
 @cache
-def _update_text(
-    dialect: str, table: Table, columns: tuple[str, ...], plus: str, count: int
-) -> str:
+def _together(shapes: tuple[Shape, ...]) -> str:
+    texts = [_text(shape, given) for shape, given in zip(shapes, _arrays(shapes), strict=True)]
+    if len(texts) == 1:
+        return texts[0]
+    return f"WITH {', '.join(f's{n} AS ({text})' for n, text in enumerate(texts))} SELECT 1"
+
+
+def _arrays(shapes: Sequence[Shape]) -> list[str]:
+    """The rows of each shape, from parameters that count through all of them."""
+    number, texts = iter(range(1, 1000)), []
+    for shape in shapes:
+        types = (shape.table.c[name].type for name in shape.columns)
+        kinds = ("text[]" if isinstance(kind, Text) else "bigint[]" for kind in types)
+        arrays = ", ".join(f"${next(number)}::{kind}" for kind in kinds)
+        texts.append(f"SELECT * FROM unnest({arrays})")  # noqa: S608 (own names)
+    return texts
+
+
+def _text(shape: Shape, given: str) -> str:
+    do, table, columns = shape
+    names = ", ".join(columns)
+    if do is Do.INSERT:
+        return f"INSERT INTO {table.name} ({names}) {given}"
     *changed, key = columns
-    given = f"WITH new ({', '.join(columns)}) AS ({_given(dialect, table, columns, count)})"
-    sets = ", ".join(f"{name} = {plus}new.{name}" for name in changed)
+    plus = "old.{0} + " if do is Do.ADD else ""
+    sets = ", ".join(f"{name} = {plus.format(name)}new.{name}" for name in changed)
     update = f"UPDATE {table.name} AS old SET {sets} FROM new"  # noqa: S608 (own names)
-    return f"{given} {update} WHERE old.{key} = new.{key}"
-
-
-def _given(dialect: str, table: Table, columns: tuple[str, ...], count: int) -> str:
-    """The rows in the parameters."""
-    if dialect == "sqlite":
-        row = f"({', '.join('?' * len(columns))})"
-        return f"VALUES {', '.join([row] * count)}"
-    types = ("text[]" if isinstance(table.c[name].type, Text) else "bigint[]" for name in columns)
-    arrays = ", ".join(f"${n}::{kind}" for n, kind in enumerate(types, start=1))
-    return f"SELECT * FROM unnest({arrays})"  # noqa: S608 (own names)
+    return f"WITH new ({names}) AS ({given}) {update} WHERE old.{key} = new.{key}"

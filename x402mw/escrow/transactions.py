@@ -7,7 +7,7 @@ operation therefore leaves no row different (I10).
 """
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
 
@@ -18,13 +18,9 @@ from x402mw.escrow import schema
 from x402mw.escrow.books import Entry, hash_entry
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules import CHANGING, Escrow, Transfer, balance_changes, transfers
-from x402mw.escrow.sets import add_to_rows, insert_rows, update_rows
+from x402mw.escrow.sets import Do, Set, Shape, write
 from x402mw.escrow.settings import Settings
 
-# The columns that are written, in the order of the values.
-_ACCOUNT = ("account", "asset", "balance")
-_ENTRY = (*Entry._fields[:-1], "previous_hash", "hash")
-_POSTING = ("seq", "line", *Transfer._fields)
 _CHANGES = attrgetter(*CHANGING, "escrow_id")
 
 
@@ -44,8 +40,18 @@ class Service:
 
 
 _LOCK = select(schema.service).with_for_update()
-# Which service this is stays as it was; the key comes last, as `update_rows` wants it.
-_HEADS = tuple(field.name for field in fields(Service))[3:]
+_FIELDS = tuple(field.name for field in fields(Service))
+_STATE = attrgetter(*_FIELDS)
+# Which service this is stays as it was.
+_HEADS = _FIELDS[3:]
+
+_NEW_ACCOUNT = Shape(Do.INSERT, schema.accounts, ("account", "asset", "balance"))
+_NEW_ESCROW = Shape(Do.INSERT, schema.escrows, Escrow._fields)
+_NEW_ENTRY = Shape(Do.INSERT, schema.entries, (*Entry._fields[:-1], "previous_hash", "hash"))
+_NEW_POSTING = Shape(Do.INSERT, schema.postings, ("seq", "line", *Transfer._fields))
+_BALANCE = Shape(Do.ADD, schema.accounts, ("balance", "account"))
+_ESCROW = Shape(Do.UPDATE, schema.escrows, (*CHANGING, "escrow_id"))
+_SERVICE = Shape(Do.UPDATE, schema.service, (*_HEADS, "id"))
 
 
 class Transaction:
@@ -65,7 +71,7 @@ class Transaction:
         self.now = now
         self.settings = settings
         self.signer = signer
-        self._clean = replace(service)
+        self._clean = _STATE(service)
         self._entries: list[Entry] = []
         self._new_escrows: dict[str, Escrow] = {}
         self._changed_escrows: dict[str, Escrow] = {}
@@ -116,7 +122,10 @@ class Transaction:
 
     def discard(self) -> None:
         """Forgets everything since the last flush."""
-        self.service = replace(self._clean)
+        self.service = Service(*self._clean)
+        self._forget()
+
+    def _forget(self) -> None:
         self._entries.clear()
         self._new_escrows.clear()
         self._changed_escrows.clear()
@@ -125,7 +134,7 @@ class Transaction:
 
     async def open_account(self, account: str) -> None:
         """Makes an empty account."""
-        await insert_rows(self.connection, schema.accounts, _ACCOUNT, [self._empty(account)])
+        await write(self.connection, Set(_NEW_ACCOUNT, [self._empty(account)]))
 
     def _empty(self, account: str) -> tuple[str, str, int]:
         return account, self.settings.asset.code, 0
@@ -141,33 +150,36 @@ class Transaction:
         """Writes everything collected so far."""
         await self._write_new_escrows()
         await self._write_entries()
-        changed = list(map(_CHANGES, self._changed_escrows.values()))
-        await update_rows(self.connection, schema.escrows, "escrow_id", CHANGING, changed)
-        if self.service != self._clean:
-            heads = (*astuple(self.service)[3:], self.service.id)
-            await update_rows(self.connection, schema.service, "id", _HEADS, [heads])
-        self._clean = replace(self.service)
-        self.discard()
+        self._clean = _STATE(self.service)
+        self._forget()
 
     async def _write_new_escrows(self) -> None:
-        new = self._new_escrows.values()
+        new = list(self._new_escrows.values())
         accounts = [self._empty(escrow.account) for escrow in new]
-        await insert_rows(self.connection, schema.accounts, _ACCOUNT, accounts)
-        await insert_rows(self.connection, schema.escrows, Escrow._fields, list(new))
+        await write(self.connection, Set(_NEW_ACCOUNT, accounts), Set(_NEW_ESCROW, new))
 
     async def _write_entries(self) -> None:
+        """Writes entries, and all that they and their operations changed, at once."""
         moves = [move for entry in self._entries for move in entry.transfers]
         changes = [(change, of) for of, change in balance_changes(moves).items() if change]
-        # The database refuses a balance below zero, whatever was decided above it.
-        await add_to_rows(self.connection, schema.accounts, "account", "balance", changes)
         chained = [self._chain(entry) for entry in self._entries]
-        await insert_rows(self.connection, schema.entries, _ENTRY, chained)
         lines = [
             (entry.seq, line, *move)
             for entry in self._entries
             for line, move in enumerate(entry.transfers)
         ]
-        await insert_rows(self.connection, schema.postings, _POSTING, lines)
+        changed = list(map(_CHANGES, self._changed_escrows.values()))
+        state = _STATE(self.service)
+        heads = [] if state == self._clean else [(*state[3:], self.service.id)]
+        await write(
+            self.connection,
+            # The database refuses a balance below zero, whatever was decided above it.
+            Set(_BALANCE, changes),
+            Set(_NEW_ENTRY, chained),
+            Set(_NEW_POSTING, lines),
+            Set(_ESCROW, changed),
+            Set(_SERVICE, heads),
+        )
 
     def _chain(self, entry: Entry) -> tuple[Any, ...]:
         previous = self.service.entry_hash
