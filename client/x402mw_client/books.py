@@ -33,6 +33,7 @@ from x402mw_client.sessions import (
     State,
     newer_token,
 )
+from x402mw_client.totals import WorstSum
 from x402mw_client.waiting import Signal
 from x402mw_client.walletfile import COLUMNS
 
@@ -64,6 +65,7 @@ class Books:
         self.lock = threading.RLock()
         self.sessions: dict[bytes, Session] = {}
         self._by_key: dict[Key, list[Session]] = {}
+        self._worst = WorstSum()
         self.openings: dict[Key, Opening] = {}
         self.past = Past()
         self._read_offer = read_offer
@@ -112,6 +114,7 @@ class Books:
             session.state = State(row[4])
             for column, value in zip(COLUMNS[5:], row[5:], strict=True):
                 setattr(session, column, value)
+            self._worst.changed(session)
         openings = (self._read_opening(row) for row in news.openings)
         self.openings = {opening.pays_for: opening for opening in openings}
         self.past = news.past
@@ -119,14 +122,21 @@ class Books:
     def _know(self, session: Session) -> Session:
         self.sessions[session.id] = session
         self._by_key.setdefault(session.key, []).append(session)
+        self._worst.changed(session)
         return session
 
     def _forget(self, session: Session) -> None:
         del self.sessions[session.id]
+        self._worst.gone(session)
         alike = self._by_key[session.key]
         alike.remove(session)
         if not alike:
             del self._by_key[session.key]
+
+    def _save(self, session: Session) -> None:
+        """Whatever changes a session ends here."""
+        self._worst.changed(session)
+        self.memory.save(session)
 
     def _new_session(self, row: Row) -> Session:
         offer = self._read_offer(json.loads(row[2]))
@@ -155,10 +165,7 @@ class Books:
         """What all sessions ever may have cost (`Session.at_worst`)."""
         now = self.clock()
         with self.lock:
-            total: int = self.past.worst
-            for session in self.sessions.values():
-                total += session.at_worst(now)
-            return total
+            return self.past.worst + self._worst.at(now, self.sessions)
 
     def usable(self, key: Key) -> Session | None:
         """The session that may pay for new calls, if there is one."""
@@ -195,7 +202,7 @@ class Books:
             note_totals(session, word)
         if charge > hold or (word is not None and differs(session)):
             self._turn(session, State.DIFFERS, *State)
-        self.memory.save(session)
+        self._save(session)
 
     def _count(self, session: Session) -> None:
         """Counts a charged call: whichever process counts the last one asks for the receipt."""
@@ -219,7 +226,7 @@ class Books:
 
     def _free(self, call: Call) -> None:
         if self._take(call) is not None:
-            self.memory.save(call.session)
+            self._save(call.session)
 
     def _take(self, call: Call) -> Atomic | None:
         """Takes a call off the books; None if it is off already, here or by another process."""
@@ -282,7 +289,7 @@ class Books:
         session.held = Atomic(session.held + more)
         session.total_seen = session.charged
         session.proven = True
-        self.memory.save(session)
+        self._save(session)
 
     # Sessions come and go.
 
@@ -341,7 +348,7 @@ class Books:
         session.token = newer_token(session, record.token, self.clock())
         session.deposit = max(session.deposit, record.deposit)
         session.expires_at = max(session.expires_at, record.expires_at)
-        self.memory.save(session)
+        self._save(session)
 
     def aim(self, session: Session, target: Atomic) -> None:
         """Raises what top-ups fill the rest up to; what cannot be remembered locks nothing."""
@@ -349,7 +356,7 @@ class Books:
 
     def _aim(self, session: Session, target: Atomic) -> None:
         session.target = max(session.target, target)
-        self.memory.save(session)
+        self._save(session)
 
     def end(self, session: Session) -> None:
         """Signs no new calls in a session; what is open still settles."""
@@ -364,7 +371,7 @@ class Books:
     def _turn(self, session: Session, state: State, *before: State) -> None:
         if session.state in before:
             session.state = state
-            self.memory.save(session)
+            self._save(session)
         if state is State.DIFFERS:
             text = f"session {session.name}: the provider's account is not ours; not signing"
             tell(logging.ERROR, "accounts_differ", text, session=session.name)

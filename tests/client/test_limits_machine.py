@@ -127,7 +127,8 @@ class WalletMachine(RuleBasedStateMachine):
             assert session.charged == self.charged[session.id]
             assert session.spent <= PER_SESSION
             assert session.charged <= session.cumulative <= session.deposit <= DEPOSIT
-        assert self.purse.spent() <= TOTAL
+        live = sum(one.at_worst(self.purse.clock()) for one in self.purse.sessions.values())
+        assert self.purse.spent() == self.purse.past.worst + live <= TOTAL
 
 
 TestWallet = WalletMachine.TestCase

@@ -185,7 +185,8 @@ class SharedWalletMachine(RuleBasedStateMachine):
                 assert (session.charged, session.held) == (self.charged[name], self.held(name))
                 assert session.cumulative == self.cumulative[name]
                 assert session.spent <= min(PER_SESSION, session.cumulative) <= session.deposit
-            assert purse.spent() <= TOTAL
+            live = sum(one.at_worst(purse.clock()) for one in purse.sessions.values())
+            assert purse.spent() == purse.past.worst + live <= TOTAL
 
 
 TestSharedWallet = SharedWalletMachine.TestCase
