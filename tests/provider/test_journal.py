@@ -233,28 +233,6 @@ def test_a_start_does_not_wait_for_ever(path: str, monkeypatch: pytest.MonkeyPat
     Journal.open(path).close()
 
 
-async def test_a_file_of_the_first_version_goes_on(path: str) -> None:
-    """A journal of the version without workers is taken over, with the calls it left open."""
-    journal = Journal.open(path, clock=Clock())
-    await admitted(journal, claim(1))
-    await journal.settle(await admitted(journal, claim(2)), used=0, outcome=outcome())
-    journal.close()
-    connection = sqlite3.connect(path)
-    connection.executescript(
-        "ALTER TABLE totals DROP COLUMN generation; ALTER TABLE calls DROP COLUMN worker;"
-        "UPDATE calls SET state = 'open' WHERE seq = 1;"
-        "UPDATE sessions SET reserved = 1000; UPDATE totals SET unredeemed = 2000;"
-        "PRAGMA user_version = 1"
-    )
-    connection.close()
-    again = Journal.open(path, clock=Clock())
-    assert again.journal_id == journal.journal_id
-    assert again.unredeemed == 1000
-    assert await admit(again, claim(2)) == outcome()
-    await admitted(again, claim(3))
-    again.close()
-
-
 async def test_close_gives_the_journal_up(place: str) -> None:
     """After `close` the journal can be opened again; a closed one writes nothing."""
     first = Journal.open(place)

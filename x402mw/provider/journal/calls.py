@@ -126,6 +126,7 @@ def _reserve(
     transaction.put_session(seen(row, claim, account=account, voucher=voucher))
     transaction.put_call(
         CallRow(
+            id=transaction.new_call(),
             session=claim.session,
             seq=claim.seq,
             commitment=claim.commitment,
@@ -153,7 +154,7 @@ def lookup(transaction: Transaction, session: bytes, seq: int) -> gate.Call | No
     if row is None:
         return None
     settled = row.state is CallState.SETTLED
-    return row.as_call(transaction.outcome(session, seq) if settled else None)
+    return row.as_call(transaction.outcome(row) if settled else None)
 
 
 def start(transaction: Transaction, call: Admitted, mark: Atomic) -> None:
@@ -189,7 +190,7 @@ def settle(
         units, charge = (0, ZERO) if used is None else _rate(transaction, call, used)
         close_call(transaction, row, charge=charge, used=units)
         if outcome is not None:
-            transaction.put_outcome(call.session, call.seq, outcome)
+            transaction.put_outcome(row, outcome)
     return _settled(transaction, call)
 
 

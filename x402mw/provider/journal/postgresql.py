@@ -20,7 +20,8 @@ import asyncpg  # type: ignore[import-untyped]  # it has no stubs
 from x402mw.core.errors import ConfigurationError
 from x402mw.provider.journal import dialect, rows
 from x402mw.provider.journal.connections import Line, Locks, schema_of
-from x402mw.provider.journal.schema import SCHEMA, SCHEMA_VERSION
+from x402mw.provider.journal.errors import JournalLocked
+from x402mw.provider.journal.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION, migrate_from
 from x402mw.provider.journal.store import (
     CommitUnknown,
     Conflict,
@@ -39,6 +40,7 @@ FREE_ROUNDS = 3
 VERSION_SETTING = "schema_version"
 READ_VERSION = "SELECT value FROM settings WHERE key = $1"
 WRITE_VERSION = f"INSERT INTO settings VALUES ('{VERSION_SETTING}', '{SCHEMA_VERSION}')"  # noqa: S608
+CHANGE_VERSION = f"UPDATE settings SET value = '{SCHEMA_VERSION}' WHERE key = '{VERSION_SETTING}'"  # noqa: S608
 
 LOCK_TOTALS = (
     rows.READ_TOTALS.replace(" FROM", ", pg_current_xact_id()::text, xmin::text::bigint FROM")
@@ -91,8 +93,8 @@ class PostgresqlStore:
     async def _open(self) -> None:
         await self._life.connect()
         await self._locks.take(STARTING, START_SECONDS)
-        await self._make_tables()
         self.alone = not any(number < WORKERS_MAX for number in await self._locks.held())
+        await self._make_tables()
         await self._book.connect()
         await self._take_worker()
         await self._locks.give(STARTING)
@@ -104,9 +106,17 @@ class PostgresqlStore:
                 f"BEGIN; CREATE SCHEMA IF NOT EXISTS {self._schema};"
                 f"{dialect.translate_schema(SCHEMA)}; {WRITE_VERSION}; COMMIT"
             )
-        version = await self._life.fetch(READ_VERSION, VERSION_SETTING)
-        if [tuple(row) for row in version] != [(str(SCHEMA_VERSION),)]:
+        ((version,),) = await self._life.fetch(READ_VERSION, VERSION_SETTING) or [(None,)]
+        if version in map(str, MIGRATIONS):
+            await self._migrate(int(version))
+        elif version != str(SCHEMA_VERSION):
             raise ConfigurationError("this database has no journal that this version can read")
+
+    async def _migrate(self, version: int) -> None:
+        if not self.alone:
+            raise JournalLocked("this journal is in use by an older version")
+        changes = dialect.translate_schema(migrate_from(version))
+        await self._life.execute(f"BEGIN; {changes}; {CHANGE_VERSION}; COMMIT")
 
     async def _take_worker(self) -> None:
         """Takes a number that nobody holds, and under which nothing is open."""

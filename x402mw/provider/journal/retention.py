@@ -23,9 +23,9 @@ def forget(transaction: Transaction) -> bool:
     transaction.forget_known()
     now, totals = int(transaction.now), transaction.totals
     calls = transaction.select(rows.FORGETTABLE_CALLS, (now, FORGET_AT_ONCE))
-    for session, seq, forget_at in calls:
-        transaction.write(rows.DROP_CALL, (session, seq))
-        for (size,) in transaction.write(rows.DROP_OUTCOME_OF, (session, seq)):
+    for name, forget_at in calls:
+        transaction.write(rows.DROP_CALL, (name,))
+        for (size,) in transaction.write(rows.DROP_OUTCOME, (name,)):
             totals.outcome_bytes -= size
         totals.forgotten_until = max(totals.forgotten_until, forget_at)
     limits = (now - SESSION_KEEP_SECONDS, FORGET_AT_ONCE)

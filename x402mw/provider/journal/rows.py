@@ -77,12 +77,13 @@ class SessionRow(NamedTuple):
 
 
 class CallRow(NamedTuple):
-    """One admitted request.
+    """One admitted request. `id` numbers the calls of a journal in the order of their admission.
 
     A crash charges `mark` plus the price of `mark_units` for a started call. `used` is the quantity
     billed. After `forget_at` the row and its stored outcome may go. `worker` is who runs it.
     """
 
+    id: int
     session: bytes
     seq: int
     commitment: bytes
@@ -140,7 +141,7 @@ CALLS = Table(
     "calls",
     key=("session", "seq"),
     columns=(
-        *("session", "seq", "commitment", "terms", "amount", "state", "forget_at", "worker"),
+        *("id", "session", "seq", "commitment", "terms", "amount", "state", "forget_at", "worker"),
         *("mark", "mark_units", "charge", "used"),
     ),
     changing=("state", "mark", "mark_units", "charge", "used"),
@@ -150,11 +151,12 @@ METERS = Table(
     key=("session", "terms"),
     columns=("session", "terms", "unit_price", "per", "quantity"),
     changing=("quantity",),
+    identity=("session", "terms"),
 )
 OUTCOMES = Table(
     "outcomes",
     key=(),
-    columns=("session", "seq", "status", "headers", "body", "credentials", "size"),
+    columns=("id", "status", "headers", "body", "credentials", "size"),
     changing=(),
 )
 
@@ -168,18 +170,16 @@ COUNT_UNSETTLED = """
     WHERE session = ? AND state <> 'settled'
 """
 
-READ_OUTCOME = (
-    "SELECT status, headers, body, credentials FROM outcomes WHERE session = ? AND seq = ?"
-)
+LAST_CALL = "SELECT coalesce(max(id), 0) FROM calls"
+READ_OUTCOME = "SELECT status, headers, body, credentials FROM outcomes WHERE id = ?"
 OLDEST_OUTCOMES = "SELECT id, size FROM outcomes ORDER BY id LIMIT ?"
-DROP_OUTCOME = "DELETE FROM outcomes WHERE id = ?"
+DROP_OUTCOME = "DELETE FROM outcomes WHERE id = ? RETURNING size"
 
 FORGETTABLE_CALLS = """
-    SELECT session, seq, forget_at FROM calls
+    SELECT id, forget_at FROM calls
     WHERE state = 'settled' AND forget_at <= ? ORDER BY forget_at LIMIT ?
 """
-DROP_CALL = "DELETE FROM calls WHERE session = ? AND seq = ?"
-DROP_OUTCOME_OF = "DELETE FROM outcomes WHERE session = ? AND seq = ? RETURNING size"
+DROP_CALL = "DELETE FROM calls WHERE id = ?"
 FORGETTABLE_SESSIONS = """
     SELECT id FROM sessions
     WHERE ended = 1 AND claim_until <= ? AND reserved = 0 AND owed_since IS NULL
@@ -283,13 +283,14 @@ def write_session(row: SessionRow) -> Values:
 
 def read_call(values: Values) -> CallRow:
     """Makes a call of a row of `CALLS`."""
-    session, seq, commitment, terms, amount, state, *rest = values
-    return CallRow(session, seq, commitment, terms, amount, _CALL_STATES[state], *rest)
+    name, session, seq, commitment, terms, amount, state, *rest = values
+    return CallRow(name, session, seq, commitment, terms, amount, _CALL_STATES[state], *rest)
 
 
 def write_call(row: CallRow) -> Values:
     """The row of `CALLS`."""
     return (
+        row.id,
         row.session,
         row.seq,
         row.commitment,

@@ -8,20 +8,54 @@ import os
 import sqlite3
 
 from x402mw.core.errors import ConfigurationError
-from x402mw.provider.journal.errors import JournalCorrupt
+from x402mw.provider.journal.errors import JournalCorrupt, JournalLocked
 from x402mw.provider.journal.lock import OWNER_ONLY
 from x402mw.provider.journal.store import Durability
 from x402mw.sqlite_log import lost_commits
 
 SYNCHRONOUS = {"fsync": "FULL", "process": "NORMAL"}
 APPLICATION_ID = 0x34303242
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_SECONDS = 2.0
 LOST_COMMITS_MAX = 1
 """Of one commit the power may have failed before anybody was told of it."""
 STATEMENTS_CACHED = 256
 
-SCHEMA = """
+_CALLS = """
+-- Numbered in the order of admission, so that what is written together lies together.
+CREATE TABLE calls (
+    id         INTEGER PRIMARY KEY,
+    session    BLOB    NOT NULL,
+    seq        INTEGER NOT NULL CHECK (seq >= 0),
+    commitment BLOB    NOT NULL CHECK (length(commitment) = 32),
+    terms      BLOB    NOT NULL CHECK (length(terms) = 32),
+    amount     INTEGER NOT NULL CHECK (amount >= 0),
+    state      TEXT    NOT NULL CHECK (state IN ('open', 'started', 'settled')),
+    mark       INTEGER NOT NULL CHECK (mark BETWEEN 0 AND amount),
+    mark_units INTEGER NOT NULL CHECK (mark_units >= 0),
+    charge     INTEGER NOT NULL CHECK (charge BETWEEN 0 AND amount),
+    used       INTEGER NOT NULL CHECK (used >= 0),
+    forget_at  INTEGER NOT NULL,
+    worker     INTEGER NOT NULL CHECK (worker >= 0),  -- who runs it
+    UNIQUE (session, seq)
+) STRICT;
+CREATE INDEX calls_unsettled ON calls (session) WHERE state <> 'settled';
+CREATE INDEX calls_settled ON calls (forget_at) WHERE state = 'settled';
+
+-- Answers kept for identical retries, each under the number of its call.
+CREATE TABLE outcomes (
+    id          INTEGER PRIMARY KEY,
+    size        INTEGER NOT NULL CHECK (size >= 0),  -- of headers and body, in bytes
+    status      INTEGER NOT NULL,
+    credentials BLOB    NOT NULL,
+    headers     TEXT    NOT NULL,
+    body        BLOB    NOT NULL
+) STRICT;
+"""
+
+SCHEMA = (
+    _CALLS
+    + """
 CREATE TABLE settings (
     key   TEXT PRIMARY KEY,
     value TEXT NOT NULL
@@ -69,37 +103,6 @@ CREATE INDEX sessions_owed ON sessions (claim_until) WHERE owed_since IS NOT NUL
 CREATE INDEX sessions_closing ON sessions (id) WHERE state = 'closing';
 CREATE INDEX sessions_ended ON sessions (claim_until) WHERE ended = 1;
 
-CREATE TABLE calls (
-    session    BLOB    NOT NULL,
-    seq        INTEGER NOT NULL CHECK (seq >= 0),
-    commitment BLOB    NOT NULL CHECK (length(commitment) = 32),
-    terms      BLOB    NOT NULL CHECK (length(terms) = 32),
-    amount     INTEGER NOT NULL CHECK (amount >= 0),
-    state      TEXT    NOT NULL CHECK (state IN ('open', 'started', 'settled')),
-    mark       INTEGER NOT NULL CHECK (mark BETWEEN 0 AND amount),
-    mark_units INTEGER NOT NULL CHECK (mark_units >= 0),
-    charge     INTEGER NOT NULL CHECK (charge BETWEEN 0 AND amount),
-    used       INTEGER NOT NULL CHECK (used >= 0),
-    forget_at  INTEGER NOT NULL,
-    worker     INTEGER NOT NULL DEFAULT 0 CHECK (worker >= 0),  -- who runs it
-    PRIMARY KEY (session, seq)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX calls_unsettled ON calls (session) WHERE state <> 'settled';
-CREATE INDEX calls_settled ON calls (forget_at) WHERE state = 'settled';
-
--- Answers kept for identical retries, in the order they were stored.
-CREATE TABLE outcomes (
-    id          INTEGER PRIMARY KEY,
-    session     BLOB    NOT NULL,
-    seq         INTEGER NOT NULL,
-    size        INTEGER NOT NULL CHECK (size >= 0),  -- of headers and body, in bytes
-    status      INTEGER NOT NULL,
-    credentials BLOB    NOT NULL,
-    headers     TEXT    NOT NULL,
-    body        BLOB    NOT NULL,
-    UNIQUE (session, seq)
-) STRICT;
-
 -- What a session has used so far under one metered price.
 CREATE TABLE meters (
     session    BLOB    NOT NULL,
@@ -115,14 +118,38 @@ CREATE TABLE terms (
     retired_at INTEGER
 ) STRICT, WITHOUT ROWID;
 """
+)
 
+_BEFORE_NUMBERS = """
+ALTER TABLE calls RENAME TO calls_before;
+ALTER TABLE outcomes RENAME TO outcomes_before;
+DROP INDEX calls_unsettled;
+DROP INDEX calls_settled;
+"""
+_GIVE_NUMBERS = """
+INSERT INTO calls
+    SELECT row_number() OVER (ORDER BY forget_at), session, seq, commitment, terms, amount, state,
+        mark, mark_units, charge, used, forget_at, worker
+    FROM calls_before;
+INSERT INTO outcomes
+    SELECT calls.id, size, status, credentials, headers, body
+    FROM outcomes_before JOIN calls USING (session, seq);
+DROP TABLE outcomes_before;
+DROP TABLE calls_before;
+"""
 MIGRATIONS = {
     1: """
 ALTER TABLE totals ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE calls ADD COLUMN worker INTEGER NOT NULL DEFAULT 0 CHECK (worker >= 0);
 """,
+    2: _BEFORE_NUMBERS + _CALLS + _GIVE_NUMBERS,
 }
-"""How a file of each older version becomes one of the next, in one transaction."""
+"""How the tables of each older version become those of the next, in one transaction."""
+
+
+def migrate_from(version: int) -> str:
+    """The statements that make the tables of an older version today's."""
+    return "".join(MIGRATIONS[step] for step in range(version, SCHEMA_VERSION))
 
 
 def open_database(path: str, durability: Durability, *, alone: bool) -> sqlite3.Connection:
@@ -146,7 +173,7 @@ def open_database(path: str, durability: Durability, *, alone: bool) -> sqlite3.
     except (OSError, sqlite3.Error) as error:
         raise ConfigurationError(f"the journal {path} cannot be opened: {error}") from None
     try:
-        _prepare(connection, path, durability)
+        _prepare(connection, path, durability, alone=alone)
         if alone:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except BaseException:
@@ -155,14 +182,16 @@ def open_database(path: str, durability: Durability, *, alone: bool) -> sqlite3.
     return connection
 
 
-def _prepare(connection: sqlite3.Connection, path: str, durability: Durability) -> None:
+def _prepare(
+    connection: sqlite3.Connection, path: str, durability: Durability, *, alone: bool
+) -> None:
     try:
         connection.execute(f"PRAGMA synchronous = {SYNCHRONOUS[durability]}")
         # Each statement of many rows can be taken back by itself: by default, from a file.
         connection.execute("PRAGMA temp_store = MEMORY")
         check_integrity(connection, path)
         connection.execute("PRAGMA journal_mode = WAL")
-        _migrate(connection, path)
+        _migrate(connection, path, alone=alone)
     except sqlite3.DatabaseError as error:
         raise JournalCorrupt(_advice(path, str(error))) from None
 
@@ -184,14 +213,16 @@ def check_integrity(connection: sqlite3.Connection, path: str) -> None:
         raise JournalCorrupt(_advice(path, answer))
 
 
-def _migrate(connection: sqlite3.Connection, path: str) -> None:
+def _migrate(connection: sqlite3.Connection, path: str, *, alone: bool) -> None:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if (application, version, tables) == (0, 0, 0):
         _change(connection, SCHEMA)
     elif application == APPLICATION_ID and version in MIGRATIONS:
-        _change(connection, "".join(MIGRATIONS[step] for step in range(version, SCHEMA_VERSION)))
+        if not alone:
+            raise JournalLocked(f"the journal {path} is in use by an older version")
+        _change(connection, migrate_from(version))
     elif (application, version) != (APPLICATION_ID, SCHEMA_VERSION):
         raise ConfigurationError(f"{path} is not a journal that this version can read")
 

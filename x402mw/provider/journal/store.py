@@ -46,21 +46,23 @@ def check_types(values: Iterable[Values]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table whose rows a transaction holds in memory. Key columns come first.
+    """A table whose rows a transaction holds in memory, read by their `key`.
 
-    `changing` are the columns that a row which is there already takes over.
+    Written rows are told apart by `identity`, one or several columns; a row which is there already
+    takes over those that are `changing`.
     """
 
     name: str
     key: tuple[str, ...]
     columns: tuple[str, ...]
     changing: tuple[str, ...]
+    identity: tuple[str, ...] = ("id",)
 
     def insert(self, values: str) -> str:
         """The statement that inserts or changes rows; `values` stand behind VALUES."""
-        names, key = ", ".join(self.columns), ", ".join(self.key)
+        names, identity = ", ".join(self.columns), ", ".join(self.identity)
         changes = ", ".join(f"{name} = excluded.{name}" for name in self.changing)
-        then = f"ON CONFLICT ({key}) DO UPDATE SET {changes}" if changes else ""
+        then = f"ON CONFLICT ({identity}) DO UPDATE SET {changes}" if changes else ""
         return f"INSERT INTO {self.name} ({names}) VALUES {values} {then}"  # noqa: S608 (no input)
 
     def join(self, keys: str, names: Sequence[str]) -> str:

@@ -42,6 +42,7 @@ class Known:
         self.sessions: dict[bytes, SessionRow | None] = {}
         self.calls: dict[CallKey, CallRow | None] = {}
         self.meters: dict[MeterKey, Meter | None] = {}
+        self.last_call: int | None = None
 
     def trim(self, calls: Iterable[CallKey]) -> None:
         """After a batch: keeps of its `calls` those that run, and of the others not too many."""
@@ -138,6 +139,13 @@ class Transaction:
             row = rows.read_call(values)
             self._calls[row.session, row.seq] = row
 
+    def new_call(self) -> int:
+        """Returns the number of one more call."""
+        if self._known.last_call is None:
+            ((self._known.last_call,),) = self._store.select(rows.LAST_CALL)
+        self._known.last_call += 1
+        return self._known.last_call
+
     def put_call(self, row: CallRow) -> None:
         """Writes a call."""
         key = (row.session, row.seq)
@@ -163,15 +171,15 @@ class Transaction:
 
     # Stored outcomes, which are written once and never changed.
 
-    def outcome(self, session: bytes, seq: int) -> Outcome | None:
+    def outcome(self, call: CallRow) -> Outcome | None:
         """Returns the stored answer of a call, if it is still kept."""
-        found = self.select(rows.READ_OUTCOME, (session, seq))
+        found = self.select(rows.READ_OUTCOME, (call.id,))
         return rows.read_outcome(found[0]) if found else None
 
-    def put_outcome(self, session: bytes, seq: int, outcome: Outcome) -> None:
+    def put_outcome(self, call: CallRow, outcome: Outcome) -> None:
         """Stores an answer; the oldest make room for it."""
         *values, size = rows.write_outcome(outcome)
-        self._new_outcomes.append((session, seq, *values, size))
+        self._new_outcomes.append((call.id, *values, size))
         self.totals.outcome_bytes += size
         while self.totals.outcome_bytes > self._outcome_bytes_max:
             self._drop_oldest_outcomes()
