@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x402mw.core.amounts import AMOUNT_MAX, Atomic, to_atomic
+from x402mw.core.amounts import AMOUNT_MAX, Atomic, to_atomic, to_atomic_floor
 from x402mw.core.errors import AmountInvalid
 from x402mw.escrow import rules
+from x402mw.escrow.bodies import read_total
 from x402mw.escrow.rules import Escrow, Event, InvalidState, Phase
 
 DOLLAR = 1_000_000
@@ -196,3 +197,15 @@ def test_why_an_escrow_ended_is_told() -> None:
     assert rules.reach_deadline(session()).close_reason == "expired_refund"
     closing = rules.close_by_buyer(session(), T0)
     assert rules.reach_deadline(closing).close_reason == "buyer_close"
+
+
+@given(st.from_regex(r"\A[0-9]{1,14}(\.[0-9]{0,8})?(e-?[0-9])?\Z") | st.text(max_size=12))
+def test_a_total_is_read_the_same_by_the_short_way(text: str) -> None:
+    """M4: the short way for plain totals of a batch gives what the exact one gives."""
+    try:
+        exactly = to_atomic_floor(text)
+    except AmountInvalid:
+        with pytest.raises(AmountInvalid):
+            read_total(text)
+    else:
+        assert read_total(text) == exactly

@@ -4,13 +4,14 @@ Amounts arrive as display strings and leave as atomic integers; ids and keys sta
 certain that they are well formed. Unknown members are refused: a misspelt one must not be ignored.
 """
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from x402mw.core import ids
-from x402mw.core.amounts import AMOUNT_MAX, Atomic, to_atomic, to_atomic_floor
+from x402mw.core.amounts import AMOUNT_MAX, USDC, Atomic, to_atomic, to_atomic_floor
 from x402mw.core.errors import X402mwError
 from x402mw.core.keys import PUBLIC_KEY_BYTES, check_public_key
 from x402mw.core.strict import b64url_decode
@@ -21,6 +22,7 @@ EXPIRES_SECONDS_MIN = 30 * 60
 EXPIRES_SECONDS_DEFAULT = 24 * 60 * 60
 EXPIRES_SECONDS_MAX = 365 * 24 * 60 * 60
 REDEEM_ITEMS_MAX = 1000
+_PLAIN_TOTAL = re.compile(rf"([0-9]{{1,12}})\.([0-9]{{1,{USDC.decimals}}})", re.ASCII)
 
 
 def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -46,6 +48,14 @@ def _printable(text: str) -> str:
     return text
 
 
+def read_total(text: object) -> Atomic:
+    """`to_atomic_floor`, with a short way for what providers write a thousand times in a batch."""
+    plain = _PLAIN_TOTAL.fullmatch(text) if isinstance(text, str) else None
+    if plain is None:
+        return to_atomic_floor(text)
+    return Atomic(int(plain[1] + plain[2].ljust(USDC.decimals, "0")))
+
+
 def _key(text: str) -> str:
     check_public_key(b64url_decode(text, PUBLIC_KEY_BYTES))
     return text
@@ -57,7 +67,7 @@ def _id(prefix: str) -> AfterValidator:
 
 Amount = Annotated[Atomic, BeforeValidator(_checked(to_atomic))]
 PositiveAmount = Annotated[Amount, AfterValidator(_positive)]
-Total = Annotated[Atomic, BeforeValidator(_checked(to_atomic_floor))]
+Total = Annotated[Atomic, BeforeValidator(_checked(read_total))]
 PublicKey = Annotated[str, AfterValidator(_checked(_key))]
 AgentId = Annotated[str, _id(ids.AGENT)]
 EscrowId = Annotated[str, _id(ids.ESCROW)]
