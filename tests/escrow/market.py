@@ -1,6 +1,7 @@
 """A buyer, a provider and an escrow on a real socket, ready to trade."""
 
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import httpx
 
 from tests.support.escrow import (
     RECEIPT_KEY,
+    ROOT_SEED,
     SESSION_KEY,
     SESSION_SEED,
     Agent,
@@ -23,7 +25,9 @@ from x402mw.core.keys import secret_key
 from x402mw.core.strict import b64url_decode
 from x402mw.core.tokens import KeySet, SessionToken, open_key_set, open_session_token
 from x402mw.core.vouchers import Voucher, network_id, sign_voucher
-from x402mw.escrow.settings import NETWORK
+from x402mw.escrow import agents
+from x402mw.escrow.ledger import visit_ledger
+from x402mw.escrow.settings import NETWORK, Settings
 
 JOURNAL = "jr_" + "1" * 32
 
@@ -132,10 +136,12 @@ async def market(
 
 @asynccontextmanager
 async def joined(process: EscrowProcess, *, balance: str = "100.00") -> AsyncIterator[Market]:
-    """The same at an escrow process."""
+    """The same at an escrow process; the operator's deposit is made beside it."""
     async with _client(process.url) as http:
         buyer, provider = await _register(http, "buyer"), await _register(http, "provider")
-        process.deposit(buyer.agent_id, balance)
+        operator = visit_ledger(Settings(process.db, ROOT_SEED), time.time)
+        async with operator as ledger, ledger.write() as tx:
+            await agents.deposit(tx, buyer.agent_id, to_atomic(balance))
         journal = "jr_" + secrets.token_hex(16)
         yield await _with_journal(Market(process, http, buyer, provider, journal))
 

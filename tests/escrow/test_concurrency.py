@@ -82,6 +82,7 @@ async def test_two_processes_share_one_set_of_books(tmp_path: Path) -> None:
                 )
             )
             assert {answer.status_code for answer in answers} == {200}
+            first.deposit(one.buyer.agent_id, "1.00")
             for m, name in zip((one, two), names, strict=True):
                 assert (await m.show(name))["released"] == "0.20"
         first.check()

@@ -23,12 +23,14 @@ from tests.support.escrow import ROOT_SEED, EscrowProcess, MovingClock, escrow_p
 from x402mw import cli
 from x402mw.core.strict import b64url_decode, b64url_encode
 from x402mw.core.tokens import open_key_set
+from x402mw.escrow.books import audit
 from x402mw.escrow.ledger import open_ledger
 from x402mw.escrow.serve import AnnouncingServer
 from x402mw.escrow.settings import Settings
 
 pytestmark = pytest.mark.anyio
 ROUNDS = 10 if os.environ.get("X402MW_LONG") else 2
+PAUSE_SECONDS = 0.1
 
 
 async def test_killed_in_mid_run_and_asked_again(tmp_path: Path) -> None:
@@ -38,7 +40,7 @@ async def test_killed_in_mid_run_and_asked_again(tmp_path: Path) -> None:
             name = (await m.open("20.00"))["escrow_id"]
             for round_number in range(ROUNDS):
                 await _one_round(process, m, name, round_number)
-            process.check()
+            assert await audit(process.db) == []
             end = await m.show(name)
             assert end["amount"] == f"{20 + 2 * ROUNDS}.00"
             assert await m.balance(m.buyer) == f"{80 - 2 * ROUNDS}.00"
@@ -53,12 +55,12 @@ async def _one_round(process: EscrowProcess, m, name: str, round_number: int) ->
             try:
                 answer = await m.post(m.buyer, f"/escrow/{name}/topup", {"amount": "0.10"}, key=key)
             except httpx.TransportError:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(PAUSE_SECONDS)
                 continue
             if answer.status_code == 200:
                 return dict(answer.json())
             assert answer.status_code in (409, 503), answer.text
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(PAUSE_SECONDS)
 
     async def kill() -> None:
         await asyncio.sleep(0.01 + 0.015 * (round_number % 5))
