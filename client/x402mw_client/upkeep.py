@@ -291,20 +291,27 @@ def _cover(wallet: WalletState, session: Session, offer: Offer, more: int) -> St
 
 
 def _top_up(wallet: WalletState, session: Session, amount: Atomic, more: int) -> Story[None]:
-    # One whose answer was lost is sent again under its own key, so that it locks nothing twice.
-    operation = wallet.topups.setdefault(session.id, operations.topup(session.id, amount))
     try:
-        record = yield Ask(operation)
+        record = yield from _ask_topup(wallet, session, amount)
     except EscrowRefused as error:
-        if error.status not in UNDECIDED:
-            del wallet.topups[session.id]
         balance = _balance(error)
         if not more - session.rest <= balance < amount or balance == 0:
             raise
-        operation = wallet.topups[session.id] = operations.topup(session.id, balance)
-        record = yield Ask(operation)
-    del wallet.topups[session.id]
+        record = yield from _ask_topup(wallet, session, balance)
     before = session.deposit
     yield from patiently(lambda: wallet.purse.renew(session, record))
     session.topup_after = 0.0
     wallet.events.topped_up(session, Atomic(session.deposit - before))
+
+
+def _ask_topup(wallet: WalletState, session: Session, amount: Atomic) -> Story[EscrowRecord]:
+    # One whose answer was lost is sent again under its own key, so that it locks nothing twice.
+    operation = wallet.topups.setdefault(session.id, operations.topup(session.id, amount))
+    try:
+        record: EscrowRecord = yield Ask(operation)
+    except EscrowRefused as error:
+        if error.status not in UNDECIDED:
+            del wallet.topups[session.id]
+        raise
+    del wallet.topups[session.id]
+    return record

@@ -15,7 +15,7 @@ import pytest
 from tests.client.scripted_escrow import ScriptedEscrow
 from tests.client.test_shared import SUBJECT, end, partner, sign, stuck
 from tests.client.world import LIMITS, World
-from x402mw.core.errors import ConfigurationError, EscrowUnavailable
+from x402mw.core.errors import ConfigurationError, EscrowRefused, EscrowUnavailable
 from x402mw_client import walletfile
 from x402mw_client.locks import Locks
 from x402mw_client.sessions import Stale, State
@@ -41,6 +41,13 @@ def in_a_fork(work: Callable[[], object]) -> None:
         finally:
             os._exit(0)
     os.waitpid(child, 0)
+
+
+def reach_escrow_by(world: World, answer: Callable[[httpx.Request], httpx.Response]) -> None:
+    """Puts something of a test's own between the wallet and its escrow."""
+    clients: Any = {"async": httpx.AsyncClient, "sync": httpx.Client}
+    inner = httpx.MockTransport(answer)
+    world.transport._escrow._client = clients[world.kind](transport=inner)
 
 
 async def test_a_renewal_that_a_top_up_overtook(world: World) -> None:
@@ -76,9 +83,7 @@ async def test_a_lost_top_up_locks_nothing_twice(world: World) -> None:
             raise httpx.ReadError("lost")
         return stored[key]
 
-    inner = httpx.MockTransport(losses)
-    clients: Any = {"async": httpx.AsyncClient, "sync": httpx.Client}
-    world.transport._escrow._client = clients[world.kind](transport=inner)
+    reach_escrow_by(world, losses)
     while world.session.rest:
         world.clock.now += 5
         await world.get("/item/a")
@@ -90,6 +95,30 @@ async def test_a_lost_top_up_locks_nothing_twice(world: World) -> None:
     assert (await world.get("/item/a")).status_code == 200
     assert world.session.deposit < 200_000
     assert not world.wallet.state.topups
+
+
+async def test_a_refused_top_up_is_not_sent_again(world: World) -> None:
+    """Also the smaller one: under its old key the escrow would refuse it whatever there is now."""
+    world.connect(deposit="0.01")
+    world.escrow.balance = 15_000
+    for _ in range(10):
+        await world.get("/item/a")
+    stored: dict[str, httpx.Response] = {}
+
+    def spent_elsewhere(request: httpx.Request) -> httpx.Response:
+        key = request.headers["Idempotency-Key"]
+        if key not in stored:
+            stored[key] = world.escrow(request)
+            world.escrow.balance = 500
+        return stored[key]
+
+    reach_escrow_by(world, spent_elsewhere)
+    with pytest.raises(EscrowRefused):
+        await world.get("/item/a")
+    assert len(stored) == 2
+    world.escrow.balance = 10_000
+    assert (await world.get("/item/a")).status_code == 200
+    assert world.session.deposit == 20_000
 
 
 async def test_a_hook_that_fails_keeps_no_answer_back(world: World) -> None:
