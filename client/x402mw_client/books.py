@@ -133,7 +133,7 @@ class Books:
         if not alike:
             del self._by_key[session.key]
 
-    def _save(self, session: Session) -> None:
+    def save(self, session: Session) -> None:
         """Whatever changes a session ends here."""
         self._worst.changed(session)
         self.memory.save(session)
@@ -202,7 +202,7 @@ class Books:
             note_totals(session, word)
         if charge > hold or (word is not None and differs(session)):
             self._turn(session, State.DIFFERS, *State)
-        self._save(session)
+        self.save(session)
 
     def _count(self, session: Session) -> None:
         """Counts a charged call: whichever process counts the last one asks for the receipt."""
@@ -226,7 +226,7 @@ class Books:
 
     def _free(self, call: Call) -> None:
         if self._take(call) is not None:
-            self._save(call.session)
+            self.save(call.session)
 
     def _take(self, call: Call) -> Atomic | None:
         """Takes a call off the books; None if it is off already, here or by another process."""
@@ -289,7 +289,7 @@ class Books:
         session.held = Atomic(session.held + more)
         session.total_seen = session.charged
         session.proven = True
-        self._save(session)
+        self.save(session)
 
     # Sessions come and go.
 
@@ -348,7 +348,7 @@ class Books:
         session.token = newer_token(session, record.token, self.clock())
         session.deposit = max(session.deposit, record.deposit)
         session.expires_at = max(session.expires_at, record.expires_at)
-        self._save(session)
+        self.save(session)
 
     def aim(self, session: Session, target: Atomic) -> None:
         """Raises what top-ups fill the rest up to; what cannot be remembered locks nothing."""
@@ -356,7 +356,7 @@ class Books:
 
     def _aim(self, session: Session, target: Atomic) -> None:
         session.target = max(session.target, target)
-        self._save(session)
+        self.save(session)
 
     def end(self, session: Session) -> None:
         """Signs no new calls in a session; what is open still settles."""
@@ -371,7 +371,7 @@ class Books:
     def _turn(self, session: Session, state: State, *before: State) -> None:
         if session.state in before:
             session.state = state
-            self._save(session)
+            self.save(session)
         if state is State.DIFFERS:
             text = f"session {session.name}: the provider's account is not ours; not signing"
             tell(logging.ERROR, "accounts_differ", text, session=session.name)

@@ -113,7 +113,7 @@ class Purse(Books):
         # Headroom of calls that came cheaper is used up before the total is raised.
         session.cumulative = Atomic(max(session.cumulative, session.spent))
         self.memory.come_back()
-        self._save(session)
+        self.save(session)
         return call, amount, session.cumulative
 
     def _others_ask(self, session: Session, call: Call | None) -> bool:

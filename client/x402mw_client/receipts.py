@@ -110,7 +110,7 @@ def _keep(purse: Purse, session: Session, text: str, receipt: Receipt, known: in
     # One that was asked for later may have overtaken it.
     if receipt.charged >= _charged(session):
         session.receipt = text
-        purse.memory.save(session)
+        purse.save(session)
 
 
 def _charged(session: Session) -> int:

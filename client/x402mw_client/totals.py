@@ -35,6 +35,8 @@ class WorstSum:
         self._now = now
         while self._changed:
             name, session = self._changed.popitem()
+            if name not in sessions:
+                continue  # A story may go on with one that is gone.
             worst = session.at_worst(now)
             self._sum += worst - self._each.get(name, 0)
             self._each[name] = worst

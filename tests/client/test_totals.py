@@ -16,7 +16,7 @@ SESSION = Session(b"", "https://a.example", OFFER, bytes(32), "", Atomic(9), Ato
 STEPS = st.tuples(
     st.integers(0, 2000),
     st.integers(0, 3),
-    st.sampled_from(["none", "gone", *State]),
+    st.sampled_from(["none", "gone", "late", *State]),
     st.integers(0, 2000),
     st.tuples(*[st.integers(0, 9).map(Atomic)] * 3),
 )
@@ -24,13 +24,15 @@ STEPS = st.tuples(
 
 @given(st.lists(STEPS, max_size=20))
 def test_it_is_the_sum_of_all(steps: list[Any]) -> None:
-    """Whatever comes, goes, changes or runs out, and wherever the clock is set."""
+    """Whatever comes, goes, changes late or runs out, and wherever the clock is set."""
     found = WorstSum()
     sessions: dict[bytes, Session] = {}
     for now, which, what, expires_at, (charged, held, cumulative) in steps:
         name = bytes([which])
         if what == "gone" and name in sessions:
             found.gone(sessions.pop(name))
+        elif what == "late" and name not in sessions:
+            found.changed(dataclasses.replace(SESSION, id=name, charged=charged))
         elif isinstance(what, State):
             session = sessions.setdefault(name, dataclasses.replace(SESSION, id=name))
             session.state, session.expires_at = what, expires_at
