@@ -36,84 +36,77 @@ class Armed:
     action: Action
 
 
+class _Flag:
+    """A cell of the board that says yes or no."""
+
+    def __init__(self, cell: int) -> None:
+        self._cell = cell
+
+    def __get__(self, board: "Board", _kind: type["Board"]) -> bool:
+        return bool(board.cells[self._cell])
+
+    def __set__(self, board: "Board", value: bool) -> None:
+        board.cells[self._cell] = int(value)
+
+
 class Board:
     """Shared memory; make it before any process is forked."""
 
     def __init__(self) -> None:
-        self._cells = memoryview(mmap.mmap(-1, CELLS * 8)).cast("q")
+        self.cells = memoryview(mmap.mmap(-1, CELLS * 8)).cast("q")
 
     def clear(self) -> None:
         """Forgets everything: a new schedule begins."""
         for cell in range(CELLS):
-            self._cells[cell] = 0
+            self.cells[cell] = 0
 
     # Clocks.
 
     def clock(self, role: str) -> Callable[[], float]:
         """The clock of one role: the real time and an offset that the lane may change."""
-        cells, cell = self._cells, _CLOCKS + ROLES.index(role)
+        cells, cell = self.cells, _CLOCKS + ROLES.index(role)
         return lambda: time.time() + cells[cell] / 1000
 
     def shift(self, role: str, seconds: float) -> None:
         """Moves a role's clock on by so much, or back."""
-        self._cells[_CLOCKS + ROLES.index(role)] += int(seconds * 1000)
+        self.cells[_CLOCKS + ROLES.index(role)] += int(seconds * 1000)
 
     def set_right(self) -> None:
         """Gives every role the right time."""
         for cell in range(len(ROLES)):
-            self._cells[_CLOCKS + cell] = 0
+            self.cells[_CLOCKS + cell] = 0
 
     # Phases.
 
-    @property
-    def settling(self) -> bool:
-        """Whether the faults are over, and everyone shall come to an end."""
-        return bool(self._cells[_SETTLING])
-
-    @settling.setter
-    def settling(self, value: bool) -> None:
-        self._cells[_SETTLING] = int(value)
-
-    @property
-    def provider_gone(self) -> bool:
-        """Whether the buyer is to find no provider any more."""
-        return bool(self._cells[_GONE])
-
-    @provider_gone.setter
-    def provider_gone(self, value: bool) -> None:
-        self._cells[_GONE] = int(value)
-
-    @property
-    def dearer(self) -> bool:
-        """Whether a provider that starts now starts with higher prices."""
-        return bool(self._cells[_DEARER])
-
-    @dearer.setter
-    def dearer(self, value: bool) -> None:
-        self._cells[_DEARER] = int(value)
+    settling = _Flag(_SETTLING)
+    """Whether the faults are over, and everyone shall come to an end."""
+    provider_gone = _Flag(_GONE)
+    """Whether the buyer is to find no provider any more."""
+    dearer = _Flag(_DEARER)
+    """Whether a provider that starts now starts with higher prices."""
 
     # Failpoints.
 
     def arm(self, slot: int, armed: Armed) -> None:
         """Arms a failpoint from now on; its passes are counted from here."""
         at = _ARMED + slot * _WIDTH
-        self._cells[at + _SEEN] = self._cells[at + _FIRED] = 0
-        self._cells[at + _SIDE], self._cells[at + _NTH] = armed.side, armed.nth
-        self._cells[at + _ACTION] = armed.action
-        self._cells[at + _POINT] = armed.point + 1
+        self.cells[at + _SEEN] = self.cells[at + _FIRED] = 0
+        self.cells[at + _SIDE], self.cells[at + _NTH] = armed.side, armed.nth
+        self.cells[at + _ACTION] = armed.action
+        self.cells[at + _POINT] = armed.point + 1
 
     def disarm(self) -> None:
         """Lets nothing fire any more; what has fired stays noted."""
         for slot in range(_SLOTS):
-            self._cells[_ARMED + slot * _WIDTH] = 0
+            self.cells[_ARMED + slot * _WIDTH] = 0
 
     def fired(self, slot: int) -> bool:
         """Whether the failpoint in a slot has fired."""
-        return bool(self._cells[_ARMED + slot * _WIDTH + _FIRED])
+        return bool(self.cells[_ARMED + slot * _WIDTH + _FIRED])
 
     def passed(self, point: int, side: int) -> Action | None:
         """Counts a pass; returns what the process has to do to itself now, if anything."""
-        cells = self._cells
+        cells = self.cells
         cells[_HITS + 2 * point + side] += 1
         for at in range(_ARMED, _ARMED + _SLOTS * _WIDTH, _WIDTH):
             if cells[at] == point + 1 and cells[at + _SIDE] == side and not cells[at + _FIRED]:
@@ -125,4 +118,4 @@ class Board:
 
     def hits(self, point: int, side: int) -> int:
         """How often a failpoint was passed."""
-        return self._cells[_HITS + 2 * point + side]
+        return self.cells[_HITS + 2 * point + side]

@@ -30,6 +30,11 @@ from x402mw.core.errors import ConfigurationError
 from x402mw.sqlite_log import lost_commits
 
 LOGGING_NAME = "x402mw"
+_OPTIONS: dict[str, Any] = {
+    "hide_parameters": True,
+    "logging_name": LOGGING_NAME,
+    "max_overflow": 0,
+}
 _READING = {"x402mw_reading": True}
 BUSY_MILLISECONDS = 10_000
 CACHE_KIBIBYTES = 16_384
@@ -73,8 +78,7 @@ def database_file(url: str) -> Path | None:
 def open_engine(url: str) -> AsyncEngine:
     """Makes the engine, and an empty file if there is none. The caller disposes of it."""
     _keep_values_from_logs()
-    options: dict[str, Any] = {"hide_parameters": True, "logging_name": LOGGING_NAME}
-    options |= {"pool_size": CONNECTIONS_MAX, "max_overflow": 0}
+    options = _OPTIONS | {"pool_size": CONNECTIONS_MAX}
     file = database_file(url)
     if file is not None:
         if not file.exists():
@@ -108,9 +112,8 @@ def open_blocking(engine: AsyncEngine) -> Engine | None:
     """The same SQLite file for a thread that may block; None where asyncio speaks to a server."""
     if engine.driver != "aiosqlite":
         return None
-    options: dict[str, Any] = {"hide_parameters": True, "logging_name": LOGGING_NAME}
     url = engine.url.set(drivername="sqlite+pysqlite")
-    blocking = create_engine(url, pool_size=1, max_overflow=0, **options)
+    blocking = create_engine(url, pool_size=1, **_OPTIONS)
     _prepare_sqlite(blocking)
     return blocking
 
