@@ -9,7 +9,7 @@ from tests.provider.places import execute
 from tests.support.payments import NOW, SESSION, TOKEN
 from x402mw.core.amounts import Atomic
 from x402mw.core.gate import CallState, Refused
-from x402mw.provider.journal import Journal, Report, rows
+from x402mw.provider.journal import Journal, Report, rows, transaction
 from x402mw.provider.journal.writer import FORGET_SECONDS
 
 pytestmark = pytest.mark.anyio
@@ -60,6 +60,28 @@ async def test_an_answer_above_the_cap_is_not_kept(journal: Journal) -> None:
     """One answer larger than the whole cap leaves none, and the call is charged all the same."""
     await paid(journal, 1, bytes(3000))
     assert await bodies_kept(journal, range(1, 2)) == []
+
+
+async def test_the_answer_of_the_oldest_call_goes_first(journal: Journal) -> None:
+    """However late it came: a call that ran long has its answer for as long as there is room."""
+    long = await admitted(journal, claim(1))
+    for seq in (2, 3):
+        await paid(journal, seq, bytes(900))
+    await journal.settle(long, used=0, outcome=outcome(bytes(900)))
+    assert await bodies_kept(journal, range(1, 4)) == [2, 3]
+
+
+async def test_few_rows_are_kept_in_mind(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From batch to batch: of settled calls none, and of what runs no more than the bound."""
+    monkeypatch.setattr(transaction, "KNOWN_MAX", 4)
+    for seq in (1, 2, 3):
+        await admitted(journal, claim(seq))
+    await paid(journal, 9)
+    assert [seq for _, seq in journal._writer._known.calls] == [1, 2, 3]
+    for seq in (4, 5):
+        await admitted(journal, claim(seq))
+    assert not journal._writer._known.calls
+    assert journal._writer._known.sessions
 
 
 async def test_calls_are_remembered_until_their_time(journal: Journal, clock: Clock) -> None:
