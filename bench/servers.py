@@ -108,7 +108,7 @@ class Servers:
                     self.paid(name, "/item" + ending),
                     base=base,
                 )
-                for name in OURS
+                for name in (*OURS, *FLOORS)
             ]
         return found
 

@@ -258,6 +258,17 @@ def read_session(values: Values) -> SessionRow:
     )
 
 
+def write_totals(totals: Totals) -> Values:
+    """The values of `WRITE_TOTALS`."""
+    return (
+        totals.serial,
+        totals.unredeemed,
+        totals.outcome_bytes,
+        totals.forgotten_until,
+        totals.generation,
+    )
+
+
 def write_session(row: SessionRow) -> Values:
     """The row of `SESSIONS`."""
     account = row.account

@@ -212,9 +212,8 @@ def _places(width: int, count: int) -> str:
 
 def _in_powers(values: Sequence[Values]) -> Iterator[Sequence[Values]]:
     """Cuts rows into pieces whose lengths are powers of two."""
-    start, size = 0, ROWS_AT_ONCE
-    while start < len(values):
-        while size > len(values) - start:
-            size //= 2
+    start, left = 0, len(values)
+    while left:
+        size = min(ROWS_AT_ONCE, 1 << left.bit_length() - 1)
         yield values[start : start + size]
-        start += size
+        start, left = start + size, left - size

@@ -6,7 +6,6 @@ if it raises before its first `put`, it has changed nothing.
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple
 from typing import Any, NamedTuple
 
 from x402mw.core.amounts import Atomic
@@ -79,7 +78,7 @@ class Transaction:
         self._store = store
         self._changed = False
         self._outcome_bytes_max = outcome_bytes_max
-        self._known = known
+        self.known = known
         self._sessions, self._calls, self._meters = known.sessions, known.calls, known.meters
         self._touched: set[CallKey] = set()
         self._new_sessions: dict[bytes, SessionRow] = {}
@@ -141,10 +140,10 @@ class Transaction:
 
     def new_call(self) -> int:
         """Returns the number of one more call."""
-        if self._known.last_call is None:
-            ((self._known.last_call,),) = self._store.select(rows.LAST_CALL)
-        self._known.last_call += 1
-        return self._known.last_call
+        if self.known.last_call is None:
+            ((self.known.last_call,),) = self._store.select(rows.LAST_CALL)
+        self.known.last_call += 1
+        return self.known.last_call
 
     def put_call(self, row: CallRow) -> None:
         """Writes a call."""
@@ -218,8 +217,8 @@ class Transaction:
         self._flush()
         if self._changed:
             self.totals.serial += 1
-            self._store.select(rows.WRITE_TOTALS, astuple(self.totals))
-        self._known.trim(self._touched)
+            self._store.select(rows.WRITE_TOTALS, rows.write_totals(self.totals))
+        self.known.trim(self._touched)
         return self._changed
 
     def _flush(self) -> None:

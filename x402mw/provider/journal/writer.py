@@ -167,7 +167,6 @@ class Writer:
             result = operation(transaction)
             self._commit(transaction)
         except Exception as error:
-            self._known = Known()
             raise self._store.explain(error) from error
         finally:
             self._end()
@@ -220,7 +219,6 @@ class Writer:
                 job.run(transaction)
             self._commit(transaction)
         except Exception as raised:
-            self._known = Known()
             self._end()
             error = self._store.explain(raised)
             if isinstance(error, Conflict) and tries > 1:
@@ -288,14 +286,16 @@ class Writer:
         known, gone_back = self._shared, totals.serial < self.totals.serial
         if known is None or gone_back or totals.generation != known.generation:
             self._shared = read_shared(self._store, totals.generation)
+        # A batch that fails leaves nothing behind: what is known is put back by its commit.
+        known_rows, self._known = self._known, Known()
         if gone_back or not self._store.undisturbed:
-            self._known = Known()
+            known_rows = Known()
         transaction = Transaction(
             self._store,
             totals,
             now=self._clock(),
             shared=self.shared,
-            known=self._known,
+            known=known_rows,
             outcome_bytes_max=self._outcome_bytes_max,
         )
         if gone_back:
@@ -323,6 +323,7 @@ class Writer:
             except CommitUnknown as unknown:
                 self._find_out(unknown)
         self._shared, self.totals = transaction.shared, transaction.totals
+        self._known = transaction.known
 
     def _end(self) -> None:
         try:
