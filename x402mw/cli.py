@@ -84,7 +84,7 @@ def serve(
     """Serve the escrow until SIGTERM; prints its URL and root key as NAME=value lines."""
     from x402mw.core.keys import public_key
     from x402mw.escrow import serve as server
-    from x402mw.escrow.api import create_app
+    from x402mw.escrow.app import create_app
 
     configure(log_format, log_level)
     settings = Settings(

@@ -23,7 +23,7 @@ import uvicorn
 from tests.faults import mutants, points, shop, shopper
 from tests.faults.board import Board
 from x402mw.core.amounts import to_atomic
-from x402mw.escrow.api import create_app
+from x402mw.escrow.app import create_app
 from x402mw.escrow.ledger import visit_ledger
 from x402mw.escrow.serve import AnnouncingServer, run
 from x402mw.escrow.settings import Settings

@@ -27,7 +27,7 @@ from tests.support import asgi
 from tests.support.escrow import ROOT_SEED, Agent, MovingClock, RunningEscrow
 from tests.support.provider import Shop, selling
 from x402mw.core.strict import dumps
-from x402mw.escrow.api import create_app
+from x402mw.escrow.app import create_app
 from x402mw.escrow.settings import Settings
 from x402mw.provider import PerCall, PerUnit
 

@@ -16,7 +16,7 @@ from tests.simulation.patches import empty_books
 from x402mw.core.amounts import Atomic
 from x402mw.core.strict import loads_object
 from x402mw.escrow import agents, books
-from x402mw.escrow.api import create_app
+from x402mw.escrow.app import create_app
 from x402mw.escrow.settings import Settings
 
 HOST = "escrow.example"

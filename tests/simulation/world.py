@@ -271,7 +271,7 @@ def _simulate(seed: int, folder: Path, *, operations: int, trace: bool) -> Repor
         with (
             simulated_providers(world.network),
             simulated_wallets(),
-            mock.patch("x402mw.escrow.api.HEARTBEAT_SECONDS", sweep),
+            mock.patch("x402mw.escrow.app.HEARTBEAT_SECONDS", sweep),
         ):
             world.loop.run_until_complete(world.run())
     except Exception as error:

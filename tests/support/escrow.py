@@ -20,7 +20,7 @@ from x402mw.core.amounts import to_atomic
 from x402mw.core.keys import public_key
 from x402mw.core.strict import b64url_encode
 from x402mw.escrow import agents
-from x402mw.escrow.api import create_app
+from x402mw.escrow.app import create_app
 from x402mw.escrow.books import audit
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.serve import AnnouncingServer, bind, url_of

@@ -1,0 +1,31 @@
+"""Routes about the service itself, outside the base path."""
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from x402mw.core.strict import b64url_encode
+from x402mw.escrow.api.shared import Routes, find_ledger
+
+
+async def show_health(request: Request) -> Response:
+    """GET /health."""
+    ledger = find_ledger(request)
+    return JSONResponse({"status": "ok", "network": ledger.settings.network, "time": ledger.now()})
+
+
+async def show_keys(request: Request) -> Response:
+    """GET /.well-known/x402mw-keys."""
+    ledger = find_ledger(request)
+    return JSONResponse(
+        {
+            "network": ledger.settings.network,
+            "root_key": b64url_encode(ledger.signer.root_key),
+            "key_set": await ledger.key_set(),
+        }
+    )
+
+
+ROUTES: Routes = (
+    ("GET", "/health", show_health),
+    ("GET", "/.well-known/x402mw-keys", show_keys),
+)

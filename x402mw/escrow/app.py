@@ -1,0 +1,76 @@
+"""The escrow as an ASGI application: its routes, and what runs beside them."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import BaseRoute, Route
+
+from x402mw.core.telemetry import Telemetry
+from x402mw.escrow import web
+from x402mw.escrow.api import agents, escrows, redemption, service
+from x402mw.escrow.deadlines import HEARTBEAT_SECONDS
+from x402mw.escrow.ledger import Clock, Ledger, open_ledger
+from x402mw.escrow.observing import Observed
+from x402mw.escrow.settings import Settings
+
+API = "/api/v1"
+_log = logging.getLogger("x402mw.escrow")
+
+
+def create_app(
+    settings: Settings, *, clock: Clock = time.time, telemetry: Telemetry | None = None
+) -> Starlette:
+    """Makes the ASGI application; its lifespan opens the books and keeps the heartbeat.
+
+    `telemetry` takes figures (`docs/operations.md`).
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        ledger = await open_ledger(settings, clock, serving=True)
+        app.state.ledger = ledger
+        sweeper = asyncio.create_task(_sweep_forever(ledger))
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeper
+            await ledger.close()
+
+    app = Starlette(
+        routes=_routes(),
+        lifespan=lifespan,
+        exception_handlers=web.EXCEPTION_HANDLERS,
+        middleware=[
+            Middleware(web.Stamped, clock=clock),
+            Middleware(Observed, telemetry=telemetry),
+        ],
+    )
+    # A redirect would be built from the Host header; a path with a slash too many is just unknown.
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _sweep_forever(ledger: Ledger) -> None:
+    while True:
+        try:
+            await ledger.sweep()
+        except Exception:
+            # Deadlines also apply on access, so a failed sweep delays nothing but tidiness.
+            _log.exception("a sweep of deadlines failed", extra={"event": "sweep_failed"})
+        await asyncio.sleep(HEARTBEAT_SECONDS)
+
+
+def _routes() -> list[BaseRoute]:
+    api = (*agents.ROUTES, *escrows.ROUTES, *redemption.ROUTES)
+    return [
+        *(Route(path, endpoint, methods=[method]) for method, path, endpoint in service.ROUTES),
+        *(Route(API + path, endpoint, methods=[method]) for method, path, endpoint in api),
+    ]
