@@ -29,7 +29,7 @@ from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.redemption import BadItem, Claim
 from x402mw.escrow.rows import fetch_escrows, find_escrow
-from x402mw.escrow.rules import HOUSE, Escrow, agent_account
+from x402mw.escrow.rules.values import HOUSE, Escrow, agent_account
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.transactions import Transaction
 

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, to_atomic, to_atomic_floor
 from x402mw.core.errors import AmountInvalid
-from x402mw.escrow import rules
 from x402mw.escrow.bodies import read_total
-from x402mw.escrow.rules import Escrow, Event, InvalidState, Phase
+from x402mw.escrow.rules import money
+from x402mw.escrow.rules import session as rules
+from x402mw.escrow.rules.table import TRANSITIONS, Event, InvalidState
+from x402mw.escrow.rules.values import HOUSE, SESSION, Escrow, Phase
 
 DOLLAR = 1_000_000
 T0 = 1_800_000_000
@@ -37,8 +39,8 @@ def session(amount: int = 10 * DOLLAR, *, fee_bps: int = 100) -> Escrow:
 def payouts(*states: Escrow) -> dict[str, int]:
     """What a row of states moved on every account, all steps together."""
     steps = pairwise(states)
-    return rules.balance_changes(
-        move for before, after in steps for move in rules.transfers(before, after)
+    return money.balance_changes(
+        move for before, after in steps for move in money.transfers(before, after)
     )
 
 
@@ -51,7 +53,7 @@ def test_a_thousand_dollars_pay_ten_in_fees_however_they_are_split(parts: int) -
         states.append(rules.release(states[-1], Atomic(total * part // parts)))
     moved = payouts(*states)
     assert moved["agent:ag_p"] == 990 * DOLLAR
-    assert moved[rules.HOUSE] == 10 * DOLLAR
+    assert moved[HOUSE] == 10 * DOLLAR
     assert moved["escrow:" + states[0].escrow_id] == -total
 
 
@@ -60,7 +62,7 @@ def test_releases_below_the_fee_unit_still_pay_the_right_fee() -> None:
     states = [session(DOLLAR)]
     for released in range(50, DOLLAR + 1, 50):
         states.append(rules.release(states[-1], Atomic(released)))
-    assert payouts(*states)[rules.HOUSE] == to_atomic("0.01")
+    assert payouts(*states)[HOUSE] == to_atomic("0.01")
 
 
 @given(st.integers(0, AMOUNT_MAX), st.integers(0, 10_000), st.integers(0, 10_000))
@@ -68,7 +70,7 @@ def test_fee_and_referral_never_exceed_what_they_are_part_of(
     released: int, fee_bps: int, referral_bps: int
 ) -> None:
     """Rule 3 and I7: 0 <= referral <= fee <= released, up to the largest amount."""
-    fee, referral = rules.split_fee(Atomic(released), fee_bps, referral_bps)
+    fee, referral = money.split_fee(Atomic(released), fee_bps, referral_bps)
     assert 0 <= referral <= fee <= released
     assert fee == released * fee_bps // 10_000
     assert referral == fee * referral_bps // 10_000
@@ -76,7 +78,7 @@ def test_fee_and_referral_never_exceed_what_they_are_part_of(
 
 def test_referral_is_fifteen_percent_of_the_fee() -> None:
     """Rule 3: of $1,000 at 100 bps the referrer would get $1.50."""
-    assert rules.split_fee(Atomic(1000 * DOLLAR), 100, 1500) == (10 * DOLLAR, to_atomic("1.50"))
+    assert money.split_fee(Atomic(1000 * DOLLAR), 100, 1500) == (10 * DOLLAR, to_atomic("1.50"))
 
 
 @given(st.lists(st.tuples(st.booleans(), amounts), max_size=20), st.randoms())
@@ -106,29 +108,44 @@ def test_the_counter_is_clamped_and_shared(deposit: Atomic, x: Atomic, y: Atomic
 
 def test_every_pair_outside_the_table_is_refused() -> None:
     """Rule 5: one table; any other event is refused and names the state."""
-    at = {
-        Phase.OPEN: session(),
-        Phase.CLOSING: rules.close_by_buyer(session(), T0),
-        Phase.ENDED: rules.close_by_provider(session(), Atomic(0)),
-    }
+    at = [
+        session(),
+        rules.close_by_buyer(session(), T0),
+        rules.close_by_provider(session(), Atomic(1)),
+    ]
     does = {
         Event.TOP_UP: lambda escrow: rules.top_up(escrow, Atomic(1)),
         Event.TOKEN: lambda escrow: rules.issue_token(escrow, T0),
+        Event.EXTEND: lambda escrow: rules.extend(escrow, T0 + 1_000_000),
         Event.RELEASE: lambda escrow: rules.release(escrow, Atomic(1)),
         Event.REDEEM: lambda escrow: rules.redeem(escrow, Atomic(1)),
         Event.BUYER_CLOSE: lambda escrow: rules.close_by_buyer(escrow, T0),
         Event.PROVIDER_CLOSE: lambda escrow: rules.close_by_provider(escrow, Atomic(1)),
         Event.DEADLINE: rules.reach_deadline,
+        Event.RETURN: lambda escrow: money.give_money_back(escrow, Atomic(0)),
     }
-    for phase, event in product(Phase, Event):
-        escrow = at[phase]
-        assert escrow.phase is phase
-        if (phase, event) in rules.TRANSITIONS:
-            assert does[event](escrow).phase is rules.TRANSITIONS[phase, event]
-        else:
-            with pytest.raises(InvalidState) as refused:
-                does[event](escrow)
-            assert refused.value.status == escrow.status
+    known = {
+        event for (kind, _), events in TRANSITIONS.items() if kind == SESSION for event in events
+    }
+    assert known == does.keys()
+    for escrow, event in product(at, does):
+        if event in TRANSITIONS[SESSION, escrow.phase]:
+            does[event](escrow)
+            continue
+        with pytest.raises(InvalidState) as refused:
+            does[event](escrow)
+        assert refused.value.status == escrow.status
+
+
+def test_each_event_leads_to_its_phase() -> None:
+    """Rule 5: a buyer's close leads to closing, a provider's and a deadline to the end."""
+    closing = rules.close_by_buyer(session(), T0)
+    assert closing.phase is Phase.CLOSING
+    assert rules.redeem(closing, Atomic(1)).phase is Phase.CLOSING
+    for escrow in (session(), closing):
+        assert rules.close_by_provider(escrow, Atomic(1)).phase is Phase.ENDED
+        assert rules.reach_deadline(escrow).phase is Phase.ENDED
+    assert rules.extend(session(), T0 + 1_000_000).phase is Phase.OPEN
 
 
 @pytest.mark.parametrize(
@@ -174,7 +191,7 @@ def test_deadlines_wait_for_an_escrow_that_was_down() -> None:
     assert rules.effective_deadline(T0, T0 - 10_000) == T0
     assert rules.effective_deadline(T0, T0 - 1) == T0 + 599
     closing = rules.close_by_buyer(session(), T0)
-    assert closing.deadline == T0 + 900
+    assert closing.due_at == T0 + 900
     assert not rules.is_due(closing, T0 + 899, T0 - 10_000)
     assert rules.is_due(closing, T0 + 900, T0 - 10_000)
     assert not rules.is_due(closing, T0 + 900, T0 + 301)
@@ -184,7 +201,7 @@ def test_deadlines_wait_for_an_escrow_that_was_down() -> None:
 def test_a_session_without_any_token_closes_at_once() -> None:
     """Rule 5: with no token issued there is nothing to wait for."""
     escrow = session()._replace(claim_until=None)
-    assert rules.close_by_buyer(escrow, T0).deadline == T0
+    assert rules.close_by_buyer(escrow, T0).due_at == T0
 
 
 def test_the_newest_claim_deadline_never_falls() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.faults.points import patch
 from x402mw.core.gate import Outcome
-from x402mw.escrow import rules
+from x402mw.escrow.rules import session
 from x402mw.provider.journal import calls, redemption
 from x402mw.provider.journal.sqlite import SqliteStore
 from x402mw_client.flow import Payment
@@ -75,12 +75,12 @@ def _ask_twice() -> None:
 
 def _pay_sums() -> None:
     """A redemption adds to what was paid, instead of raising it to the total."""
-    redeem = rules.redeem
+    redeem = session.redeem
 
     def adding(escrow: Any, proven: Any) -> Any:
         return redeem(escrow, min(escrow.amount, escrow.released + proven))
 
-    patch("x402mw.escrow.rules:redeem", adding)
+    patch("x402mw.escrow.rules.session:redeem", adding)
 
 
 def _charge_undelivered() -> None:

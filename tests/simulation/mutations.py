@@ -13,8 +13,9 @@ from unittest import mock
 from x402mw.core import gate, sessions
 from x402mw.core.amounts import Atomic, atomic
 from x402mw.core.sessions import Account
-from x402mw.escrow import idempotency, redemption, rules
+from x402mw.escrow import idempotency, redemption
 from x402mw.escrow.redemption import BadItem
+from x402mw.escrow.rules import money, session
 from x402mw.escrow.transactions import Transaction
 from x402mw.provider.journal import calls
 from x402mw.provider.journal.sqlite import SqliteStore
@@ -96,22 +97,22 @@ def _redeem_by_difference() -> Patch:
         more = Atomic(min(escrow.amount, escrow.redeemed + proven))
         return _real_redeem(escrow, more)
 
-    return mock.patch.object(rules, "redeem", redeem)
+    return mock.patch.object(session, "redeem", redeem)
 
 
-_real_redeem = rules.redeem
+_real_redeem = session.redeem
 
 
 def _fee_per_release() -> Patch:
     """The fee is rounded for each release by itself."""
-    raise_released = rules._raise_released
+    raise_released = session._raise_released
 
     def rounded(escrow: Any, cumulative: Atomic) -> Any:
         raised = raise_released(escrow, cumulative)
         moved = raised["released"] - escrow.released
-        return {**raised, "fee": atomic(escrow.fee + moved * escrow.fee_bps // rules.BPS)}
+        return {**raised, "fee": atomic(escrow.fee + moved * escrow.fee_bps // money.BPS)}
 
-    return mock.patch.object(rules, "_raise_released", rounded)
+    return mock.patch.object(session, "_raise_released", rounded)
 
 
 def _post_twice() -> Patch:
@@ -127,7 +128,7 @@ def _post_twice() -> Patch:
     return mock.patch.object(Transaction, "post", twice)
 
 
-_close_by_buyer = rules.close_by_buyer
+_close_by_buyer = session.close_by_buyer
 
 
 def _refund_at_once() -> Patch:
@@ -136,7 +137,7 @@ def _refund_at_once() -> Patch:
     def close(escrow: Any, now: int) -> Any:
         return _close_by_buyer(escrow._replace(claim_until=None), now)
 
-    return mock.patch.object(rules, "close_by_buyer", close)
+    return mock.patch.object(session, "close_by_buyer", close)
 
 
 def _forget_idempotency_keys() -> Patch:

@@ -8,8 +8,9 @@ from x402mw.core import ids
 from x402mw.core.amounts import Atomic, display, to_atomic
 from x402mw.core.keys import secret_key
 from x402mw.core.vouchers import Voucher, network_id, sign_voucher
-from x402mw.escrow import agents, bodies, redemption, rules
+from x402mw.escrow import agents, bodies, redemption
 from x402mw.escrow.ledger import Ledger
+from x402mw.escrow.rules import session
 
 JOURNAL = "jr_" + "2" * 32
 DEPOSIT = to_atomic("100.00")
@@ -64,7 +65,7 @@ async def open_crowd(ledger: Ledger, sessions: int, seconds: int = 86_400) -> Cr
         await agents.deposit(tx, buyer, Atomic(sessions * DEPOSIT))
         names = []
         for _ in range(sessions):
-            empty = rules.new_session(
+            empty = session.new_session(
                 escrow_id=ids.format_id(ids.ESCROW, secrets.token_bytes(ids.ID_BYTES)),
                 buyer=buyer,
                 provider=provider["agent_id"],
@@ -76,6 +77,6 @@ async def open_crowd(ledger: Ledger, sessions: int, seconds: int = 86_400) -> Cr
                 created_at=tx.now,
                 expires_at=tx.now + seconds,
             )
-            names.append(tx.save(empty, rules.top_up(empty, DEPOSIT), "lock").escrow_id)
+            names.append(tx.save(empty, session.top_up(empty, DEPOSIT), "lock").escrow_id)
     network = network_id(ledger.settings.network, ledger.signer.root_key)
     return Crowd(buyer, provider["agent_id"], provider["api_key"], network, names)

@@ -13,7 +13,7 @@ from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
 from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import balance_of
-from x402mw.escrow.rules import FAUCET, WORLD, Transfer, agent_account
+from x402mw.escrow.rules.values import FAUCET, WORLD, Transfer, agent_account
 from x402mw.escrow.transactions import Transaction
 
 API_KEY_PREFIX = "pf_live_"

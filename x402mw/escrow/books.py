@@ -19,16 +19,8 @@ from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.escrow import schema
 from x402mw.escrow.database import visiting
 from x402mw.escrow.rows import fetch_escrows
-from x402mw.escrow.rules import (
-    ENDED_STATUSES,
-    HOUSE,
-    WORLD,
-    Escrow,
-    Transfer,
-    agent_account,
-    balance_changes,
-    split_fee,
-)
+from x402mw.escrow.rules.money import balance_changes, split_fee
+from x402mw.escrow.rules.values import ENDED_STATUSES, HOUSE, WORLD, Escrow, Transfer, agent_account
 
 GENESIS = "0" * 64
 """The hash before the first entry."""

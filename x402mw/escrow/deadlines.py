@@ -4,19 +4,13 @@ Whoever first meets a deadline applies it, stamped with the time at which it cou
 outage postpones it (T5): both in `docs/money.md` 6.
 """
 
-from typing import Any
+from sqlalchemy import ColumnElement, literal, select, true
 
-from sqlalchemy import BindParameter, ColumnElement, bindparam, func, literal, select, true
-
-from x402mw.escrow import schema
+from x402mw.escrow import agreements, schema
 from x402mw.escrow.rows import fetch_escrows
-from x402mw.escrow.rules import (
-    LIVE_STATUSES,
-    UP_GRACE_SECONDS,
-    Event,
-    effective_deadline,
-    reach_deadline,
-)
+from x402mw.escrow.rules.session import UP_GRACE_SECONDS, effective_deadline, reach_deadline
+from x402mw.escrow.rules.table import Event
+from x402mw.escrow.rules.values import MANUAL
 from x402mw.escrow.transactions import Transaction
 
 HEARTBEAT_SECONDS = 10
@@ -52,31 +46,39 @@ async def apply(
     at: int | None = None,
     limit: int | None = None,
 ) -> int:
-    """Sends home what is due, of one party or of all, at most `limit`; returns how many.
+    """Does what time has done, to escrows of one party or of all, at most `limit`; says how many.
 
     What it does stays, whatever is refused after it.
     """
-    now, up_since = tx.now if at is None else at, tx.service.up_since
-    if now < up_since + UP_GRACE_SECONDS:
-        return 0
-    query = select(schema.escrows).where(due_before(now), of_party(party)).limit(limit)
+    return await _apply_to(tx, of_party(party), tx.now if at is None else at, limit)
+
+
+async def apply_to_one(tx: Transaction, escrow_id: str) -> None:
+    """Does what time has done to one escrow, whoever asks."""
+    await _apply_to(tx, schema.escrows.c.escrow_id == escrow_id, tx.now, None)
+
+
+async def _apply_to(
+    tx: Transaction, which: ColumnElement[bool], now: int, limit: int | None
+) -> int:
+    up_since = tx.service.up_since
+    query = select(schema.escrows).where(due_before(now, up_since), which).limit(limit)
     due = await fetch_escrows(tx.connection, query)
     for escrow in due:
-        nominal = effective_deadline(escrow.deadline, up_since)
-        tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, effective_at=nominal)
+        if escrow.kind == MANUAL:
+            await agreements.pass_time(tx, escrow, now)
+            continue
+        nominal = effective_deadline(escrow.due_at or 0, up_since)
+        tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, nominal)
     await tx.flush()
     return len(due)
 
 
-def due_before(now: int) -> ColumnElement[bool]:
-    """Live escrows whose deadline has come, outages apart."""
+def due_before(now: int, up_since: int) -> ColumnElement[bool]:
+    """Escrows that time has something to do to; for sessions an outage postpones it (T5)."""
     escrows = schema.escrows.c
-    deadline = func.coalesce(escrows.closing_deadline, escrows.expires_at)
-    # Written out, not bound: only so can a database see that the index of live escrows serves.
-    live: BindParameter[Any] = bindparam(
-        "live", LIVE_STATUSES, expanding=True, literal_execute=True
-    )
-    return escrows.status.in_(live) & (deadline <= now)
+    due = escrows.due_at <= now
+    return due if now >= up_since + UP_GRACE_SECONDS else due & (escrows.kind == MANUAL)
 
 
 def of_party(agent_id: str | None) -> ColumnElement[bool]:

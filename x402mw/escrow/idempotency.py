@@ -13,7 +13,7 @@ from sqlalchemy import delete, select
 
 from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused
-from x402mw.escrow.rules import UP_GRACE_SECONDS
+from x402mw.escrow.rules.session import UP_GRACE_SECONDS
 from x402mw.escrow.transactions import Transaction
 
 KEY_CHARACTERS_MAX = 255

@@ -20,7 +20,8 @@ from x402mw.escrow import books, database, deadlines, idempotency, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
-from x402mw.escrow.rules import FAUCET, HOUSE, WORLD, InvalidState
+from x402mw.escrow.rules.table import InvalidState
+from x402mw.escrow.rules.values import FAUCET, HOUSE, WORLD
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.thread import WriterThread
 from x402mw.escrow.transactions import Transaction
@@ -127,7 +128,7 @@ class Ledger:
     async def refresh(self, caller: str) -> None:
         """Applies the deadlines of an agent before something of it is read."""
         query = select(schema.escrows.c.escrow_id).where(
-            deadlines.due_before(self.now()), deadlines.of_party(caller)
+            deadlines.due_before(self.now(), 0), deadlines.of_party(caller)
         )
         async with self.read() as connection:
             due = (await connection.execute(query.limit(1))).first()

@@ -20,11 +20,13 @@ from x402mw.core.amounts import ZERO, Atomic, display
 from x402mw.core.errors import Malformed
 from x402mw.core.strict import b64url_decode
 from x402mw.core.vouchers import SignedVoucher, parse_voucher, verify_voucher
-from x402mw.escrow import agents, rules, schema
+from x402mw.escrow import agents, schema
 from x402mw.escrow.bodies import Redemption, RedemptionItem
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.rows import fetch_escrows
-from x402mw.escrow.rules import Escrow, Event, InvalidState, Phase
+from x402mw.escrow.rules import session
+from x402mw.escrow.rules.table import Event, InvalidState
+from x402mw.escrow.rules.values import Escrow, Phase
 from x402mw.escrow.sets import among
 from x402mw.escrow.transactions import Transaction
 
@@ -163,7 +165,7 @@ def _settle(tx: Transaction, before: Escrow, claim: Claim) -> Escrow | BadItem:
     if before.phase is Phase.ENDED and min(claim.proven, before.amount) <= before.released:
         return before
     event = Event.PROVIDER_CLOSE if claim.final else Event.REDEEM
-    change = rules.close_by_provider if claim.final else rules.redeem
+    change = session.close_by_provider if claim.final else session.redeem
     try:
         after = change(before, claim.proven)
     except InvalidState as error:

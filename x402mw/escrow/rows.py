@@ -7,7 +7,7 @@ from sqlalchemy import Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
-from x402mw.escrow.rules import Escrow
+from x402mw.escrow.rules.values import Escrow
 
 # Made once: to build a statement costs more than to run it.
 _ONE = select(schema.escrows).where(schema.escrows.c.escrow_id == bindparam("wanted"))

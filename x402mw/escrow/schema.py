@@ -50,13 +50,38 @@ escrows = _table(
     "escrows",
     text=(
         "escrow_id kind status buyer provider asset session_key journal memo on_expiry close_reason"
+        " referrer payees"
     ),
     numbers=(
-        "amount released redeemed refunded fee referral fee_bps referral_bps created_at expires_at"
-        " claim_until closing_deadline opened change"
+        "amount released redeemed refunded disputed returned fee referral fee_bps referral_bps"
+        " created_at expires_at claim_until closing_deadline due_at opened change"
     ),
-    nullable="claim_until closing_deadline close_reason",
+    nullable="journal claim_until closing_deadline due_at close_reason",
 )
+
+agreements = _table(
+    "agreements",
+    text="escrow_id carry condition",
+    numbers="review_seconds",
+    nullable="review_seconds",
+)
+"""What a manual escrow has beside its row; `carry` is an exact fraction of a unit, as text."""
+
+parts = _table(
+    "parts",
+    text="escrow_id name state proof",
+    numbers="number amount review_until",
+    nullable="review_until",
+)
+
+disputes = _table(
+    "disputes",
+    text="escrow_id status opener reason arbiter",
+    numbers="number amount opened_at deadline to_provider to_buyer part decided_at",
+    nullable="arbiter part decided_at",
+)
+
+evidence = _table("evidence", text="escrow_id agent_id content", numbers="number line created_at")
 
 journals = _table("journals", text="journal agent_id receipt_key", numbers="serial created_at")
 

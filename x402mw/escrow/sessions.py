@@ -14,11 +14,13 @@ from x402mw.core import ids
 from x402mw.core.amounts import Atomic, display
 from x402mw.core.strict import b64url_decode
 from x402mw.core.tokens import SessionToken
-from x402mw.escrow import agents, rules, schema
+from x402mw.escrow import agents, schema
 from x402mw.escrow.bodies import NewEscrow
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import balance_of, fetch_escrows, find_escrow
-from x402mw.escrow.rules import Escrow, Event, agent_account
+from x402mw.escrow.rules import session
+from x402mw.escrow.rules.table import Event
+from x402mw.escrow.rules.values import Escrow, agent_account
 from x402mw.escrow.transactions import Transaction
 
 
@@ -52,7 +54,7 @@ def describe(escrow: Escrow) -> dict[str, Any]:
 async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]:
     """Locks a buyer's money for one provider, and issues the first token."""
     await _check_parties(tx, buyer, wish)
-    empty = rules.new_session(
+    empty = session.new_session(
         escrow_id=ids.format_id(ids.ESCROW, secrets.token_bytes(ids.ID_BYTES)),
         buyer=buyer,
         provider=wish.to_agent_id,
@@ -65,7 +67,7 @@ async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]
         expires_at=tx.now + wish.expires_in_seconds,
     )
     await _check_funds(tx, buyer, wish.amount)
-    locked, token = await _issue(tx, rules.top_up(empty, wish.amount))
+    locked, token = await _issue(tx, session.top_up(empty, wish.amount))
     return {**describe(tx.save(empty, locked, "lock")), "token": token}
 
 
@@ -93,16 +95,18 @@ async def _check_funds(tx: Transaction, buyer: str, amount: Atomic) -> None:
 async def _issue(tx: Transaction, escrow: Escrow) -> tuple[Escrow, str]:
     """Issues a token for the state given, and notes until when its vouchers will count."""
     claim_seconds = tx.settings.claim_seconds
-    exp = rules.token_expiry(tx.now, escrow.expires_at, claim_seconds)
+    exp = session.token_expiry(tx.now, escrow.expires_at, claim_seconds)
     if exp is None:
         raise Refused(409, "session_ending", "this session ends too soon for another token")
-    after = rules.issue_token(escrow, exp + claim_seconds)
-    journal = await agents.find_journal(tx.connection, escrow.journal)
+    after = session.issue_token(escrow, exp + claim_seconds)
+    # A session has a journal; the database insists.
+    journal_id = escrow.journal or ""
+    journal = await agents.find_journal(tx.connection, journal_id)
     token = SessionToken(
         network=tx.settings.network,
         session=ids.parse_id(ids.ESCROW, escrow.escrow_id),
         pay_to=escrow.provider,
-        journal=ids.parse_id(ids.JOURNAL, escrow.journal),
+        journal=ids.parse_id(ids.JOURNAL, journal_id),
         session_key=b64url_decode(escrow.session_key, 32),
         receipt_key=b64url_decode(journal.receipt_key, 32),
         payer=escrow.buyer,
@@ -125,7 +129,7 @@ async def renew_token(tx: Transaction, caller: str, escrow_id: str) -> dict[str,
 async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -> dict[str, Any]:
     """Locks more in an open session, and issues a token that says so."""
     before = await _as_buyer(tx, caller, escrow_id)
-    grown = rules.top_up(before, amount)
+    grown = session.top_up(before, amount)
     await _check_funds(tx, caller, amount)
     after, token = await _issue(tx, grown)
     return {**describe(tx.save(before, after, Event.TOP_UP.value)), "token": token}
@@ -136,20 +140,20 @@ async def release(
 ) -> dict[str, Any]:
     """Pays out by hand, up to a total; a total already reached changes nothing."""
     before = await _as_buyer(tx, caller, escrow_id)
-    return _keep(tx, before, rules.release(before, cumulative), Event.RELEASE)
+    return _keep(tx, before, session.release(before, cumulative), Event.RELEASE)
 
 
 def close_as_buyer(tx: Transaction, before: Escrow) -> dict[str, Any]:
     """Starts closing; ends at once when no voucher could be redeemed any more."""
-    closing = rules.close_by_buyer(before, tx.now)
-    if rules.is_due(closing, tx.now, tx.service.up_since):
-        return _keep(tx, before, rules.reach_deadline(closing), Event.DEADLINE)
+    closing = session.close_by_buyer(before, tx.now)
+    if session.is_due(closing, tx.now, tx.service.up_since):
+        return _keep(tx, before, session.reach_deadline(closing), Event.DEADLINE)
     return _keep(tx, before, closing, Event.BUYER_CLOSE)
 
 
 def close_as_provider(tx: Transaction, before: Escrow, proven: Atomic) -> dict[str, Any]:
     """Redeems a last time and sends the rest home."""
-    after = rules.close_by_provider(before, proven)
+    after = session.close_by_provider(before, proven)
     return _keep(tx, before, after, Event.PROVIDER_CLOSE)
 
 

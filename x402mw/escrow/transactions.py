@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from x402mw.escrow import schema
 from x402mw.escrow.books import Entry, hash_entry
 from x402mw.escrow.keys import Signer
-from x402mw.escrow.rules import CHANGING, Escrow, Transfer, balance_changes, transfers
+from x402mw.escrow.rules.money import balance_changes, transfers
+from x402mw.escrow.rules.values import CHANGING, Escrow, Transfer
 from x402mw.escrow.sets import Do, Set, Shape, write
 from x402mw.escrow.settings import Settings
 

@@ -20,7 +20,7 @@ from x402mw.escrow.api.shared import (
 )
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.ledger import Ledger, Operation
-from x402mw.escrow.rules import STATUSES
+from x402mw.escrow.rules.values import STATUSES
 from x402mw.escrow.transactions import Transaction
 
 

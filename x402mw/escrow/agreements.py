@@ -1,0 +1,165 @@
+"""The rows of manual escrows: read as one agreement, written as what has changed of it."""
+
+from fractions import Fraction
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from x402mw.core.amounts import Atomic
+from x402mw.escrow import schema
+from x402mw.escrow.rules import manual
+from x402mw.escrow.rules.manual import Agreement, Dispute, Part, PartState
+from x402mw.escrow.rules.table import Event
+from x402mw.escrow.rules.values import Escrow
+from x402mw.escrow.transactions import Transaction
+
+OPEN, WITHDRAWN, RESOLVED, UNDECIDED = "open", "withdrawn", "resolved", "undecided"
+"""What may have become of a dispute."""
+
+_DECIDED = {
+    Event.WITHDRAW: WITHDRAWN,
+    Event.RESOLVE: RESOLVED,
+    Event.UNDECIDED: UNDECIDED,
+}
+
+
+async def load(connection: AsyncConnection, escrow: Escrow) -> Agreement:
+    """The whole agreement of a manual escrow."""
+    name = escrow.escrow_id
+    agreements = schema.agreements
+    row = (await connection.execute(select(agreements).where(agreements.c.escrow_id == name))).one()
+    return Agreement(
+        escrow=escrow,
+        parts=await _load_parts(connection, name),
+        carry=Fraction(row.carry),
+        review_seconds=row.review_seconds,
+        dispute=await _load_dispute(connection, name) if escrow.disputed else None,
+    )
+
+
+async def _load_parts(connection: AsyncConnection, escrow_id: str) -> tuple[Part, ...]:
+    parts = schema.parts
+    query = select(parts).where(parts.c.escrow_id == escrow_id).order_by(parts.c.number)
+    return tuple(
+        Part(
+            number=row.number,
+            name=row.name,
+            amount=Atomic(row.amount),
+            state=PartState(row.state),
+            proof=row.proof,
+            review_until=row.review_until,
+        )
+        for row in await connection.execute(query)
+    )
+
+
+async def _load_dispute(connection: AsyncConnection, escrow_id: str) -> Dispute:
+    disputes = schema.disputes
+    query = select(disputes).where(disputes.c.escrow_id == escrow_id, disputes.c.status == OPEN)
+    row = (await connection.execute(query)).one()
+    return Dispute(
+        number=row.number,
+        opener=row.opener,
+        part=row.part,
+        opened_at=row.opened_at,
+        deadline=row.deadline,
+    )
+
+
+async def create(
+    tx: Transaction, agreement: Agreement, locked: Agreement, condition: str
+) -> Escrow:
+    """Writes a new agreement; everything that might refuse it was decided."""
+    escrow = tx.save(agreement.escrow, locked.escrow, "lock")
+    await tx.flush()
+    await tx.insert(
+        schema.agreements,
+        {
+            "escrow_id": escrow.escrow_id,
+            "carry": str(agreement.carry),
+            "condition": condition,
+            "review_seconds": agreement.review_seconds,
+        },
+    )
+    await tx.insert(schema.parts, *(_part_row(escrow, part) for part in agreement.parts))
+    return escrow
+
+
+async def keep(
+    tx: Transaction,
+    before: Agreement,
+    after: Agreement,
+    event: Event,
+    *,
+    effective_at: int | None = None,
+    **said: Any,
+) -> Agreement:
+    """Writes what an event changed, the last thing of an operation; `said` goes into its entry."""
+    escrow = tx.save(before.escrow, after.escrow, event.value, effective_at)
+    if after.carry != before.carry:
+        agreements = schema.agreements
+        await tx.connection.execute(
+            update(agreements)
+            .where(agreements.c.escrow_id == escrow.escrow_id)
+            .values(carry=str(after.carry))
+        )
+    for old, new in zip(before.parts, after.parts, strict=True):
+        if new != old:
+            await _write_part(tx, escrow, new)
+    if after.dispute is None and before.dispute is not None:
+        await _end_dispute(tx, before, after, event, **said)
+    return after._replace(escrow=escrow)
+
+
+def _part_row(escrow: Escrow, part: Part) -> dict[str, Any]:
+    return {
+        "escrow_id": escrow.escrow_id,
+        "number": part.number,
+        "name": part.name,
+        "amount": part.amount,
+        "state": part.state.value,
+        "proof": part.proof,
+        "review_until": part.review_until,
+    }
+
+
+async def _write_part(tx: Transaction, escrow: Escrow, part: Part) -> None:
+    parts = schema.parts
+    await tx.connection.execute(
+        update(parts)
+        .where(parts.c.escrow_id == escrow.escrow_id, parts.c.number == part.number)
+        .values(state=part.state.value, proof=part.proof, review_until=part.review_until)
+    )
+
+
+async def _end_dispute(
+    tx: Transaction, before: Agreement, after: Agreement, event: Event, **said: Any
+) -> None:
+    if before.dispute is None:
+        return
+    disputes = schema.disputes
+    decided = event in (Event.RESOLVE, Event.UNDECIDED)
+    await tx.connection.execute(
+        update(disputes)
+        .where(
+            disputes.c.escrow_id == before.escrow.escrow_id,
+            disputes.c.number == before.dispute.number,
+        )
+        .values(
+            status=_DECIDED[event],
+            to_provider=after.escrow.released - before.escrow.released if decided else 0,
+            to_buyer=after.escrow.refunded - before.escrow.refunded if decided else 0,
+            arbiter=said.get("arbiter"),
+            decided_at=tx.now,
+        )
+    )
+
+
+async def pass_time(tx: Transaction, escrow: Escrow, now: int) -> Escrow:
+    """Does everything that time has done to a manual escrow by now, each at its nominal second."""
+    agreement = await load(tx.connection, escrow)
+    while (timer := manual.next_timer(agreement)) is not None and timer[0] <= now:
+        after, event, when = manual.pass_time(agreement)
+        agreement = await keep(tx, agreement, after, event, effective_at=when)
+    return agreement.escrow
