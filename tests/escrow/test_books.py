@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.support.postgresql import database_name, fresh_database, shared_serve
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
 from x402mw.core.errors import ConfigurationError
 from x402mw.escrow import agents, database, schema
-from x402mw.escrow.books import audit
+from x402mw.escrow.books import GENESIS, Entry, audit, hash_entry
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.ledger import open_ledger
 from x402mw.escrow.rows import balance_of
@@ -213,23 +214,24 @@ async def test_migrations_make_the_tables_that_queries_know(empty_db: str) -> No
     }
 
 
-async def test_books_of_an_older_version_are_kept(traded: str, empty_db: str) -> None:
-    """House: the newest schema holds what the first one held, row by row, and passes the check."""
+@pytest.mark.parametrize("revision", ["0001", "0003"])
+async def test_books_of_an_older_version_are_kept(
+    traded: str, empty_db: str, revision: str
+) -> None:
+    """House: the newest schema holds what older ones held, row by row, and passes the check."""
     tables = sorted(schema.metadata.tables.values(), key=_stands_on)
     async with _opened(traded) as connection:
-        rows = await _all_rows(connection, tables)
+        written = _as_once_written(await _all_rows(connection, tables))
     async with _opened(empty_db) as connection:
-        await connection.run_sync(lambda sync: database.upgrade(sync, "0001"))
-        known = {(table, name) for table, name, *_ in await connection.run_sync(_columns)}
+        await connection.run_sync(lambda sync: database.upgrade(sync, revision))
+        known = await connection.run_sync(_columns)
+        rows = {table: _only(known, table.name, found) for table, found in written.items()}
         for table in filter(rows.get, tables):
-            old = [
-                {name: value for name, value in row.items() if (table.name, name) in known}
-                for row in rows[table]
-            ]
-            await connection.execute(_insert_plain(table, old[0]), old)
+            await connection.execute(_insert_plain(table, rows[table][0]), rows[table])
     async with _opened(empty_db) as connection:
         await database.migrate(connection)
-        assert await _all_rows(connection, tables) == rows
+        kept = await _all_rows(connection, tables)
+        assert {table: _only(known, table.name, found) for table, found in kept.items()} == rows
     assert await audit(empty_db) == []
 
 
@@ -237,6 +239,32 @@ def _insert_plain(table: Table, row: dict[str, Any]) -> TextClause:
     """An insert of just these columns, whatever else the newest schema knows."""
     names = ", ".join(row)
     return text(f"INSERT INTO {table.name} ({names}) VALUES (:{', :'.join(row)})")
+
+
+def _only(known: set[tuple[str, str, str, bool]], name: str, rows: list[Any]) -> list[Any]:
+    """What an older schema knows of some rows."""
+    columns = [column for table, column, *_ in sorted(known) if table == name]
+    found = [{column: row[column] for column in columns} for row in rows]
+    return sorted(filter(None, found), key=repr)
+
+
+def _as_once_written(rows: dict[Table, list[dict[str, Any]]]) -> dict[Table, list[dict[str, Any]]]:
+    """The same trade as older versions wrote it: entries that only move money, hashed as such."""
+    lines, numbers, head = rows[schema.postings], dict[int, int](), GENESIS
+    moving = {line["seq"] for line in lines}
+    entries = [entry for entry in rows[schema.entries] if entry["seq"] in moving]
+    for entry in sorted(entries, key=itemgetter("seq")):
+        numbers[entry["seq"]] = len(numbers) + 1
+        moves = [Transfer(*map(line.get, Transfer._fields)) for line in lines
+                 if line["seq"] == entry["seq"]]  # fmt: skip
+        entry |= {"actor": None, "data": None, "before": None, "seq": numbers[entry["seq"]]}
+        said = {name: entry[name] for name in Entry._fields if name != "transfers"}
+        entry |= {"previous_hash": head}
+        head = entry["hash"] = hash_entry(Entry(**said, transfers=tuple(moves)), head)
+    for line in lines:
+        line["seq"] = numbers[line["seq"]]
+    rows[schema.service][0] |= {"entry_seq": len(numbers), "entry_hash": head}
+    return {**rows, schema.entries: entries}
 
 
 def _stands_on(table: Table) -> int:

@@ -14,7 +14,7 @@ from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import balance_of
 from x402mw.escrow.rules.values import FAUCET, WORLD, Transfer, agent_account
-from x402mw.escrow.transactions import Transaction
+from x402mw.escrow.transactions import OPERATOR, Transaction
 
 API_KEY_PREFIX = "pf_live_"
 API_KEY_BYTES = 32
@@ -78,7 +78,7 @@ async def deposit(tx: Transaction, agent_id: str, amount: Atomic) -> dict[str, A
         raise Refused(422, "invalid_request", "an amount of 0 moves nothing")
     if not await exists(tx, agent_id):
         raise Refused(404, "unknown_agent", f"there is no agent {agent_id}")
-    await _mint(tx, "deposit", agent_account(agent_id), amount)
+    await _mint(tx, "deposit", agent_account(agent_id), amount, actor=OPERATOR)
     await tx.flush()
     return {
         "agent_id": agent_id,
@@ -86,11 +86,13 @@ async def deposit(tx: Transaction, agent_id: str, amount: Atomic) -> dict[str, A
     }
 
 
-async def _mint(tx: Transaction, kind: str, target: str, amount: Atomic) -> None:
+async def _mint(
+    tx: Transaction, kind: str, target: str, amount: Atomic, *, actor: str | None = None
+) -> None:
     # Everything there is together stays below 2^63, so no single balance can ever overflow.
     if amount - await balance_of(tx.connection, WORLD) > AMOUNT_MAX:
         raise Refused(409, "amount_out_of_range", "the books cannot hold so much money")
-    tx.post(kind, [Transfer(WORLD, target, amount)], tx.settings.asset.code)
+    tx.post(kind, [Transfer(WORLD, target, amount)], tx.settings.asset.code, actor=actor)
 
 
 async def claim_faucet(tx: Transaction, agent_id: str, source: str) -> dict[str, Any]:

@@ -25,14 +25,16 @@ from x402mw.escrow.rules.values import ENDED_STATUSES, HOUSE, WORLD, Escrow, Tra
 GENESIS = "0" * 64
 """The hash before the first entry."""
 
-_TAG = b"x402mw/entry\x00\x01"
+_TAG, _SPEAKING_TAG = b"x402mw/entry\x00\x01", b"x402mw/entry\x00\x02"
 _ENCODER = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
 
 class Entry(NamedTuple):
     """One entry of the books. `created_at` is when it was written, `effective_at` when it counts.
 
-    They differ only when a deadline was applied late (T2). Times are whole seconds.
+    They differ only when a deadline was applied late (T2). Times are whole seconds. `actor` is who
+    caused it (an agent, `operator`, or None for time), `data` a small JSON text that says more,
+    and `before` the entry before it about the same escrow.
     """
 
     seq: int
@@ -42,6 +44,17 @@ class Entry(NamedTuple):
     created_at: int
     effective_at: int
     transfers: tuple[Transfer, ...]
+    actor: str | None = None
+    data: str | None = None
+    before: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Tells whether it says nothing but what it moves, as all entries did once."""
+        return self.before is None and self.actor is None and self.data is None
+
+
+_PLAIN = Entry._fields.index("actor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +68,17 @@ class Chained:
 
 def hash_entry(entry: Entry, previous_hash: str) -> str:
     """Chains an entry to the one before: hex SHA-256 over that hash and all that it says."""
-    # JSON writes a tuple as a list: [seq, ..., [[source, target, amount], ...]].
-    text = _ENCODER.encode(entry).encode()
-    return hashlib.sha256(_TAG + bytes.fromhex(previous_hash) + text).hexdigest()
+    # JSON writes a tuple as a list: [seq, ..., [[source, target, amount], ...], actor, data, ...],
+    # without the last three if there are none of them, as it was before there could be.
+    plain = entry.plain
+    text = _ENCODER.encode(entry[:_PLAIN] if plain else entry).encode()
+    tag = _TAG if plain else _SPEAKING_TAG
+    return hashlib.sha256(tag + bytes.fromhex(previous_hash) + text).hexdigest()
+
+
+def write_data(data: Mapping[str, Any]) -> str:
+    """Writes what an entry says as its column holds it."""
+    return _ENCODER.encode(data)
 
 
 async def audit(url: str) -> list[str]:
@@ -102,8 +123,8 @@ async def _read_entries(connection: AsyncConnection) -> AsyncIterator[Chained]:
 def _chained(lines: Sequence[Any]) -> Chained:
     row = lines[0]
     moves = tuple(Transfer(line.source, line.target, line.amount) for line in lines if line.source)
-    says = [getattr(row, name) for name in Entry._fields[:-1]]
-    return Chained(Entry._make([*says, moves]), row.previous_hash, row.hash)
+    says = {name: getattr(row, name) for name in Entry._fields if name != "transfers"}
+    return Chained(Entry(**says, transfers=moves), row.previous_hash, row.hash)
 
 
 class Judge:
@@ -116,6 +137,8 @@ class Judge:
         self._posted: dict[str, int] = {}
         self._paid: dict[str | None, dict[tuple[str, str], int]] = {}
         self._last_kind: dict[str | None, str] = {}
+        self._last_seq: dict[str, int] = {}
+        self._links = False
 
     def see(self, chained: Chained) -> Iterator[str]:
         """The next entry: I2, I19, and what it adds to the rest."""
@@ -125,8 +148,9 @@ class Judge:
         if chained.hash != hash_entry(entry, chained.previous_hash):
             yield f"I19 entry {entry.seq} is not what was written"
         self._seq, self._hash = entry.seq, chained.hash
-        if not entry.transfers:
-            yield f"I2 entry {entry.seq} moves nothing"
+        yield from self._see_link(entry)
+        if entry.plain and not entry.transfers:
+            yield f"I2 entry {entry.seq} moves nothing and says nothing"
         paid = self._paid.setdefault(entry.escrow_id, {})
         for move in entry.transfers:
             if not _is_amount(move.amount) or move.amount == 0 or move.source == move.target:
@@ -135,7 +159,18 @@ class Judge:
             paid[pair] = paid.get(pair, 0) + move.amount
         for account, change in balance_changes(entry.transfers).items():
             self._posted[account] = self._posted.get(account, 0) + change
-        self._last_kind[entry.escrow_id] = entry.kind
+        if entry.transfers:
+            self._last_kind[entry.escrow_id] = entry.kind
+
+    def _see_link(self, entry: Entry) -> Iterator[str]:
+        """Entries name the one before about their escrow; the oldest do not, and have no link."""
+        name = entry.escrow_id
+        last = None if name is None else self._last_seq.get(name)
+        self._links = self._links or entry.before is not None
+        if entry.before != last and (self._links or not entry.plain):
+            yield f"I19 entry {entry.seq} does not name the one before it about its escrow"
+        if name is not None:
+            self._last_seq[name] = entry.seq
 
     def see_all_entries(self, head_seq: int, head_hash: str) -> Iterator[str]:
         """There are no more entries: the end of the chain, and I1, I3 and I18."""
@@ -157,6 +192,8 @@ class Judge:
         if held != escrow.remaining:
             yield f"I4 {name} holds {held}, not L - R - F = {escrow.remaining}"
         yield from _check_escrow(escrow)
+        if escrow.last_entry != self._last_seq.get(name):
+            yield f"I19 {name} does not name its newest entry"
         paid = self._paid.get(name, {})
         if paid != _owed(escrow):
             yield f"I8 {name} paid {paid}, owed {_owed(escrow)}"

@@ -171,6 +171,7 @@ async def _answer(
         return stored
     if caller is not None:
         await deadlines.apply(tx, caller)
+    tx.actor = caller
     try:
         answer = Answer(status, _text(await operation(tx)))
     except (Refused, InvalidState, AmountInvalid) as error:

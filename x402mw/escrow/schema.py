@@ -39,9 +39,9 @@ accounts = _table("accounts", text="account asset", numbers="balance")
 
 entries = _table(
     "entries",
-    text="kind escrow_id asset previous_hash hash",
-    numbers="seq created_at effective_at",
-    nullable="escrow_id",
+    text="kind escrow_id asset actor data previous_hash hash",
+    numbers="seq created_at effective_at before",
+    nullable="escrow_id actor data before",
 )
 
 postings = _table("postings", text="source target", numbers="seq line amount")
@@ -55,8 +55,9 @@ escrows = _table(
     numbers=(
         "amount released redeemed refunded disputed returned fee referral fee_bps referral_bps"
         " created_at expires_at claim_until closing_deadline due_at opened change"
+        " last_entry low_balance"
     ),
-    nullable="journal claim_until closing_deadline due_at close_reason",
+    nullable="journal claim_until closing_deadline due_at close_reason last_entry",
 )
 
 agreements = _table(

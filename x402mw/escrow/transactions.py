@@ -6,7 +6,7 @@ collect what they want (`save`, `post`); `flush` writes it, `discard` forgets it
 operation therefore leaves no row different (I10).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
@@ -15,13 +15,22 @@ from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
-from x402mw.escrow.books import Entry, hash_entry
+from x402mw.escrow.books import Entry, hash_entry, write_data
+from x402mw.escrow.events.marks import mark
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules.money import balance_changes, transfers
+from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import CHANGING, Escrow, Transfer
 from x402mw.escrow.sets import Do, Set, Shape, write
 from x402mw.escrow.settings import Settings
 
+OPERATOR = "operator"
+"""The actor of what is done with the operator's commands."""
+
+LOW_BALANCE_PART = 10
+_SILENT = Event.TOKEN.value
+_PROVIDERS_OWN = Event.REDEEM.value
+"""Only a provider redeems: to say so a thousand times in a batch would cost 2 % of it."""
 _CHANGES = attrgetter(*CHANGING, "escrow_id")
 
 
@@ -46,9 +55,15 @@ _STATE = attrgetter(*_FIELDS)
 # Which service this is stays as it was.
 _HEADS = _FIELDS[3:]
 
+_MOVES = Entry._fields.index("transfers")
+
 _NEW_ACCOUNT = Shape(Do.INSERT, schema.accounts, ("account", "asset", "balance"))
 _NEW_ESCROW = Shape(Do.INSERT, schema.escrows, Escrow._fields)
-_NEW_ENTRY = Shape(Do.INSERT, schema.entries, (*Entry._fields[:-1], "previous_hash", "hash"))
+_ENTRY_COLUMNS = (
+    *(*Entry._fields[:_MOVES], *Entry._fields[_MOVES + 1 :]),
+    *("previous_hash", "hash"),
+)
+_NEW_ENTRY = Shape(Do.INSERT, schema.entries, _ENTRY_COLUMNS)
 _NEW_POSTING = Shape(Do.INSERT, schema.postings, ("seq", "line", *Transfer._fields))
 _BALANCE = Shape(Do.ADD, schema.accounts, ("balance", "account"))
 _ESCROW = Shape(Do.UPDATE, schema.escrows, (*CHANGING, "escrow_id"))
@@ -72,6 +87,7 @@ class Transaction:
         self.now = now
         self.settings = settings
         self.signer = signer
+        self.actor: str | None = None
         self._clean = _STATE(service)
         self._entries: list[Entry] = []
         self._new_escrows: dict[str, Escrow] = {}
@@ -90,17 +106,34 @@ class Transaction:
     # What an operation wants.
 
     def save(
-        self, before: Escrow, after: Escrow, kind: str, effective_at: int | None = None
+        self,
+        before: Escrow,
+        after: Escrow,
+        kind: str,
+        effective_at: int | None = None,
+        *,
+        actor: str | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> Escrow:
-        """Keeps the new state of an escrow and posts the money that this moves."""
+        """Keeps the new state of an escrow and enters what happened, with the money it moves.
+
+        A renewed token is no news: it changes the row and enters nothing.
+        """
         self.service.change_seq += 1
-        after = after._replace(change=self.service.change_seq)
+        last = before.last_entry
+        if not before.opened and after.low_balance is None:
+            after = after._replace(low_balance=after.amount // LOW_BALANCE_PART)
+        if kind != _SILENT:
+            moves = tuple(transfers(before, after))
+            says = mark(before, after, data)
+            self._enter(kind, moves, after.asset, after.escrow_id, effective_at, actor, says, last)
+            last = self.service.entry_seq
+        after = after._replace(change=self.service.change_seq, last_entry=last)
         if not before.opened:
             after = after._replace(opened=after.change)
             self._new_escrows[after.escrow_id] = after
         else:
             self._changed_escrows[after.escrow_id] = after
-        self.post(kind, transfers(before, after), after.asset, after.escrow_id, effective_at)
         return after
 
     def post(
@@ -108,18 +141,45 @@ class Transaction:
         kind: str,
         moves: Iterable[Transfer],
         asset: str,
+        *,
+        actor: str | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Enters money that moves outside of escrows, unless none would move."""
+        if lines := tuple(moves):
+            self._enter(kind, lines, asset, actor=actor, data=data)
+
+    def note(
+        self, kind: str, *, actor: str | None = None, data: Mapping[str, Any] | None = None
+    ) -> None:
+        """Enters what happened outside of escrows and moved no money: a key revoked, say.
+
+        What happens to an escrow goes through `save`, also if it leaves it as it was.
+        """
+        self._enter(kind, (), self.settings.asset.code, actor=actor, data=data or {})
+
+    def _enter(
+        self,
+        kind: str,
+        moves: tuple[Transfer, ...],
+        asset: str,
         escrow_id: str | None = None,
         effective_at: int | None = None,
+        actor: str | None = None,
+        data: Mapping[str, Any] | None = None,
+        before: int | None = None,
     ) -> None:
-        """Writes an entry, unless it would move nothing."""
-        lines = tuple(moves)
-        if not lines:
-            return
         self.service.entry_seq += 1
         at = self.now if effective_at is None else effective_at
+        if actor is None and kind != _PROVIDERS_OWN:
+            actor = self.actor
+        says = None if data is None else write_data(data)
         self._entries.append(
-            Entry(self.service.entry_seq, kind, escrow_id, asset, self.now, at, lines)
-        )
+            Entry(
+                self.service.entry_seq, kind, escrow_id, asset, self.now, at, moves,
+                actor, says, before,
+            )
+        )  # fmt: skip
 
     def discard(self) -> None:
         """Forgets everything since the last flush."""
@@ -185,4 +245,4 @@ class Transaction:
     def _chain(self, entry: Entry) -> tuple[Any, ...]:
         previous = self.service.entry_hash
         self.service.entry_hash = hash_entry(entry, previous)
-        return (*entry[:-1], previous, self.service.entry_hash)
+        return (*entry[:_MOVES], *entry[_MOVES + 1 :], previous, self.service.entry_hash)

@@ -45,7 +45,9 @@ class Escrow(NamedTuple):
     back, `disputed` D what a dispute holds; `redeemed` is the most the provider proved by vouchers,
     `returned` what the provider gave back from its own account. `payees` is a revenue split as
     `money.write_payees` makes it, or empty. `due_at` is when time next does something to it.
-    `opened` and `change` are numbers of the change sequence: at creation, and newest.
+    `opened` and `change` are numbers of the change sequence: at creation, and newest. `last_entry`
+    is the newest entry about it in the books, and `low_balance` what it warns at when less remains
+    (by default a tenth of what was locked first).
     """
 
     escrow_id: str
@@ -78,6 +80,8 @@ class Escrow(NamedTuple):
     close_reason: str | None
     opened: int
     change: int
+    last_entry: int | None = None
+    low_balance: int | None = None
 
     @property
     def remaining(self) -> Atomic:
@@ -103,7 +107,7 @@ class Escrow(NamedTuple):
 CHANGING = (
     *("status", "amount", "released", "redeemed", "refunded", "disputed", "returned"),
     *("fee", "referral", "expires_at", "claim_until", "closing_deadline", "due_at"),
-    *("close_reason", "change"),
+    *("close_reason", "change", "last_entry"),
 )
 """The fields that an event may change; all others stay as they were at creation."""
 
