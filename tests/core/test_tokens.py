@@ -14,6 +14,8 @@ from tests.support import payments as world
 from x402mw.core import tokens
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import TokenRefused, UnknownKey
+from x402mw.core.keys import public_key
+from x402mw.core.signed import jwk, key_id, raw_part
 from x402mw.core.strict import b64url_encode, dumps, loads_object
 
 TEXT = tokens.sign_session_token(world.TOKEN, world.SIGNER)
@@ -34,14 +36,14 @@ KEYS_TEXT = tokens.sign_key_set(world.KEY_SET, world.ROOT)
 def claims_of(text: str) -> dict[str, Any]:
     """The claims of a token, unchecked."""
     part = text.split(".")[1]
-    return loads_object(tokens._raw_part(part))
+    return loads_object(raw_part(part))
 
 
 def forge(claims: object, header: dict[str, Any] | None = None, seed: bytes = world.SIGNER) -> str:
     """A token whose signature is right and whose content is anything."""
-    public = tokens.public_key(seed)
-    usual = {"alg": "Ed25519", "typ": tokens.TOKEN_TYPE, "kid": tokens.key_id(public)}
-    key = OKPKey.import_key({**tokens._jwk(public), "d": b64url_encode(seed)})
+    public = public_key(seed)
+    usual = {"alg": "Ed25519", "typ": tokens.TOKEN_TYPE, "kid": key_id(public)}
+    key = OKPKey.import_key({**jwk(public), "d": b64url_encode(seed)})
     raw = claims if isinstance(claims, bytes) else dumps(claims)
     registry = jws.JWSRegistry(algorithms=["Ed25519", "EdDSA"], strict_check_header=False)
     return jws.serialize_compact(usual if header is None else header, raw, key, registry=registry)
@@ -49,7 +51,7 @@ def forge(claims: object, header: dict[str, Any] | None = None, seed: bytes = wo
 
 def test_a_token_reads_back() -> None:
     """What the escrow signs is what a provider reads, with the key that signed it."""
-    kid = tokens.key_id(world.SIGNER_KEY)
+    kid = key_id(world.SIGNER_KEY)
     assert tokens.open_session_token(TEXT, world.KEY_SET) == replace(world.TOKEN, signed_by=kid)
     assert tokens.peek_session_token(TEXT) == world.TOKEN
     assert len(TEXT) < tokens.TOKEN_CHARACTERS_MAX / 2
@@ -118,7 +120,7 @@ def test_the_last_characters_have_one_spelling() -> None:
         {"crit": ["exp"]},
         {"b64": True},
         {"jku": "https://keys.example.com"},
-        {"jwk": tokens._jwk(world.BUYER_KEY)},
+        {"jwk": jwk(world.BUYER_KEY)},
     ],
 )
 def test_only_the_exact_header_passes(change: dict[str, Any]) -> None:
@@ -126,7 +128,7 @@ def test_only_the_exact_header_passes(change: dict[str, Any]) -> None:
     usual = {
         "alg": "Ed25519",
         "typ": tokens.TOKEN_TYPE,
-        "kid": tokens.key_id(world.SIGNER_KEY),
+        "kid": key_id(world.SIGNER_KEY),
     }
     part = b64url_encode(dumps(usual | change))
     with pytest.raises(TokenRefused, match="header"):
@@ -143,7 +145,7 @@ def test_a_kid_is_a_text(kid: object) -> None:
 
 def test_one_kind_is_never_read_as_another() -> None:
     """Token, receipt and key set are told apart even under one and the same key."""
-    keyset = replace(world.KEY_SET, keys={tokens.key_id(world.RECEIPT_KEY): world.RECEIPT_KEY})
+    keyset = replace(world.KEY_SET, keys={key_id(world.RECEIPT_KEY): world.RECEIPT_KEY})
     with pytest.raises(TokenRefused, match="typ"):
         tokens.open_session_token(RECEIPT_TEXT, keyset)
     with pytest.raises(TokenRefused, match="typ"):
@@ -186,7 +188,7 @@ def test_weak_keys_in_a_token_are_refused(text: str) -> None:
 def test_a_weak_signing_key_is_refused() -> None:
     """A key set that was built with a weak key verifies nothing."""
     weak = bytes.fromhex(LOW_ORDER[0])
-    keyset = replace(world.KEY_SET, keys={tokens.key_id(world.SIGNER_KEY): weak})
+    keyset = replace(world.KEY_SET, keys={key_id(world.SIGNER_KEY): weak})
     with pytest.raises(TokenRefused, match="signature"):
         tokens.open_session_token(TEXT, keyset)
 
@@ -215,6 +217,6 @@ def test_a_key_set_reads_back() -> None:
 
 def test_a_key_under_another_id_is_refused() -> None:
     """A key id is the thumbprint of its key, so no key can take another's place."""
-    swapped = replace(world.KEY_SET, keys={tokens.key_id(world.BUYER_KEY): world.SIGNER_KEY})
+    swapped = replace(world.KEY_SET, keys={key_id(world.BUYER_KEY): world.SIGNER_KEY})
     with pytest.raises(TokenRefused, match="another key's id"):
         tokens.open_key_set(tokens.sign_key_set(swapped, world.ROOT), world.ROOT_KEY)

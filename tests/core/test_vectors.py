@@ -10,7 +10,7 @@ import pytest
 from nacl.signing import SigningKey, VerifyKey
 
 from tests.vectors import generate
-from x402mw.core import headers, messages, tokens
+from x402mw.core import headers, messages, signed, tokens
 from x402mw.core.tokens import KeySet
 
 
@@ -112,7 +112,7 @@ def test_tokens(case: dict[str, Any]) -> None:
     key = bytes.fromhex(case["key"])
     head, body, signature = case["text"].split(".")
     VerifyKey(key).verify(f"{head}.{body}".encode(), base64.urlsafe_b64decode(signature + "=="))
-    thumbprint = tokens.key_id(key)
+    thumbprint = signed.key_id(key)
     assert case["kid"] == thumbprint
     if case["kind"] == "session":
         keys = KeySet("escrow:test", 1, 0, {thumbprint: key}, frozenset(), tokens.Atomic(0), 300)

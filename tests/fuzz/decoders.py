@@ -25,6 +25,7 @@ from x402mw.core import (
     keys,
     messages,
     routes,
+    signed,
     strict,
     tokens,
     vouchers,
@@ -217,9 +218,9 @@ def _check_prefix(data: bytes) -> None:
 
 def _check_signature(text: str, key: bytes) -> None:
     """What joserfc accepted, libsodium accepts too, over the very same characters."""
-    signed, _, signature = text.rpartition(".")
-    raw = tokens._raw_part(signature)
-    assert keys.verify(key, signed.encode(), raw)
+    said, _, signature = text.rpartition(".")
+    raw = signed.raw_part(signature)
+    assert keys.verify(key, said.encode(), raw)
     assert strict.b64url_encode(raw) == signature
 
 

@@ -25,7 +25,8 @@ from x402mw.core.amounts import Atomic
 from x402mw.core.errors import ConfigurationError, EscrowUnavailable, TokenRefused, UnknownKey
 from x402mw.core.ids import JOURNAL, format_id
 from x402mw.core.keys import public_key
-from x402mw.core.tokens import key_id, sign_session_token
+from x402mw.core.signed import key_id
+from x402mw.core.tokens import sign_session_token
 from x402mw.provider import link as link_module
 from x402mw.provider.journal import Journal
 from x402mw.provider.link import EscrowLink

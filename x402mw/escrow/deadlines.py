@@ -37,6 +37,18 @@ async def beat(tx: Transaction) -> None:
     # A clock that was wrong and is set back must not leave the deadlines waiting for it.
     tx.service.up_since = min(tx.service.up_since, tx.now)
     tx.service.heartbeat = tx.now
+    tx.checkpoint_wanted = await _wants_checkpoint(tx)
+
+
+async def _wants_checkpoint(tx: Transaction) -> bool:
+    """Tells whether there are entries that no checkpoint covers, and the last one is old."""
+    points = schema.checkpoints.c
+    newest = select(points.seq, points.created_at).order_by(points.seq.desc()).limit(1)
+    row = (await tx.connection.execute(newest)).first()
+    if row is None:
+        return tx.service.entry_seq > 0
+    due = tx.now - row.created_at >= tx.settings.checkpoint_seconds
+    return due and bool(row.seq < tx.service.entry_seq)
 
 
 async def apply(

@@ -15,14 +15,15 @@ from pathlib import Path
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from x402mw.core.checkpoints import Checkpoint, sign_checkpoint, sign_key_proof
 from x402mw.core.errors import ConfigurationError, Malformed
 from x402mw.core.keys import SEED_BYTES, public_key
+from x402mw.core.signed import key_id
 from x402mw.core.strict import b64url_decode, b64url_encode
 from x402mw.core.tokens import (
     TOKEN_SECONDS,
     KeySet,
     SessionToken,
-    key_id,
     sign_key_set,
     sign_session_token,
 )
@@ -112,6 +113,23 @@ class Signer:
         """Signs a session token with the newest signing key."""
         return sign_session_token(token, self.seed(self.number))
 
+    def sign_checkpoint(self, seq: int, entry_hash: str, now: int) -> str:
+        """Signs what the hash of the books is at their newest entry."""
+        checkpoint = Checkpoint(self.settings.network, seq, entry_hash, now)
+        return sign_checkpoint(checkpoint, self.seed(self.number))
+
+    def _prove(self, number: int) -> str:
+        public = public_key(self.seed(number))
+        return sign_key_proof(self.settings.network, number, public, self.settings.root_seed)
+
+    async def prove_keys(self, connection: AsyncConnection) -> None:
+        """Vouches for signing keys that older versions made."""
+        keys = schema.signing_keys
+        numbers = await connection.execute(select(keys.c.number).where(keys.c.proof.is_(None)))
+        for (number,) in numbers.all():
+            vouched = update(keys).where(keys.c.number == number)
+            await connection.execute(vouched.values(proof=self._prove(number)))
+
     async def add_key(self, connection: AsyncConnection, number: int, now: int) -> None:
         """Retires all keys and adds the next one; the caller raises the key serial with it."""
         keys = schema.signing_keys
@@ -124,6 +142,7 @@ class Signer:
                 number=number,
                 key_id=key_id(public),
                 public_key=b64url_encode(public),
+                proof=self._prove(number),
                 created_at=now,
             )
         )

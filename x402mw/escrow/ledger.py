@@ -234,6 +234,8 @@ async def _found(connection: AsyncConnection, ledger: Ledger) -> None:
         await _write_first_rows(connection, ledger, root_key)
     elif (row.network, row.root_key) != (ledger.settings.network, root_key):
         raise ConfigurationError("this database belongs to another network or root key")
+    else:
+        await ledger.signer.prove_keys(connection)
 
 
 async def _write_first_rows(connection: AsyncConnection, ledger: Ledger, root_key: str) -> None:

@@ -44,6 +44,9 @@ entries = _table(
     nullable="escrow_id actor data before",
 )
 
+checkpoints = _table("checkpoints", text="hash signature", numbers="seq created_at")
+"""What the chain's hash was at some of its entries, signed. `docs/audit.md`."""
+
 postings = _table("postings", text="source target", numbers="seq line amount")
 
 escrows = _table(
@@ -88,9 +91,9 @@ journals = _table("journals", text="journal agent_id receipt_key", numbers="seri
 
 signing_keys = _table(
     "signing_keys",
-    text="key_id public_key",
+    text="key_id public_key proof",
     numbers="number created_at retired_at",
-    nullable="retired_at",
+    nullable="retired_at proof",
 )
 
 idempotency = _table(
@@ -98,3 +101,21 @@ idempotency = _table(
 )
 
 faucet_claims = _table("faucet_claims", text="agent_id source", numbers="day amount")
+
+webhooks = _table(
+    "webhooks",
+    text="webhook_id agent_id url events status escrow_id secret old_secret",
+    numbers="created_at since old_until",
+    nullable="escrow_id old_secret old_until",
+)
+
+deliveries = _table(
+    "deliveries",
+    text="webhook_id escrow_id event state outcome body",
+    numbers="seq part attempts changed_at next_at created_at",
+    nullable="next_at outcome",
+)
+"""What webhooks are told. Of what waits, the first of each escrow and webhook has a `next_at`."""
+
+deliverer = _table("deliverer", text="holder", numbers="id cursor held_until")
+"""One row: which process delivers, and up to which entry deliveries were made."""

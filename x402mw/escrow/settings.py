@@ -20,7 +20,9 @@ class Settings:
     """One escrow service. `root_seed` (32 bytes) is the key its whole word rests on.
 
     Amounts are atomic units of `asset`, times seconds. `claim_seconds` is S of the rules: how long
-    after a token's end its vouchers stay redeemable.
+    after a token's end its vouchers stay redeemable. A checkpoint of the books is signed after so
+    many entries or seconds. `local_webhooks` allows webhooks to this machine and its network, also
+    without TLS.
     """
 
     database_url: str
@@ -33,6 +35,9 @@ class Settings:
     faucet_amount: Atomic = ONE_DOLLAR
     faucet_daily: Atomic = HUNDRED_DOLLARS
     faucet_claims_per_source: int = 10
+    checkpoint_entries: int = 1000
+    checkpoint_seconds: int = 600
+    local_webhooks: bool = False
 
     def __post_init__(self) -> None:
         if not _NETWORK.fullmatch(self.network):

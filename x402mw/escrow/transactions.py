@@ -64,6 +64,7 @@ _ENTRY_COLUMNS = (
     *("previous_hash", "hash"),
 )
 _NEW_ENTRY = Shape(Do.INSERT, schema.entries, _ENTRY_COLUMNS)
+_NEW_CHECKPOINT = Shape(Do.INSERT, schema.checkpoints, ("seq", "hash", "created_at", "signature"))
 _NEW_POSTING = Shape(Do.INSERT, schema.postings, ("seq", "line", *Transfer._fields))
 _BALANCE = Shape(Do.ADD, schema.accounts, ("balance", "account"))
 _ESCROW = Shape(Do.UPDATE, schema.escrows, (*CHANGING, "escrow_id"))
@@ -88,6 +89,7 @@ class Transaction:
         self.settings = settings
         self.signer = signer
         self.actor: str | None = None
+        self.checkpoint_wanted = False
         self._clean = _STATE(service)
         self._entries: list[Entry] = []
         self._new_escrows: dict[str, Escrow] = {}
@@ -230,6 +232,7 @@ class Transaction:
             for line, move in enumerate(entry.transfers)
         ]
         changed = list(map(_CHANGES, self._changed_escrows.values()))
+        checkpoints = self._checkpoints()
         state = _STATE(self.service)
         heads = [] if state == self._clean else [(*state[3:], self.service.id)]
         await write(
@@ -238,9 +241,20 @@ class Transaction:
             Set(_BALANCE, changes),
             Set(_NEW_ENTRY, chained),
             Set(_NEW_POSTING, lines),
+            Set(_NEW_CHECKPOINT, checkpoints),
             Set(_ESCROW, changed),
             Set(_SERVICE, heads),
         )
+
+    def _checkpoints(self) -> list[tuple[int, str, int, str]]:
+        """A checkpoint of the newest entry, if enough were written or somebody wants one."""
+        service, every = self.service, self.settings.checkpoint_entries
+        before = self._entries[0].seq - 1 if self._entries else service.entry_seq
+        if before // every == service.entry_seq // every and not self.checkpoint_wanted:
+            return []
+        self.checkpoint_wanted = False
+        seq, entry_hash = service.entry_seq, service.entry_hash
+        return [(seq, entry_hash, self.now, self.signer.sign_checkpoint(seq, entry_hash, self.now))]
 
     def _chain(self, entry: Entry) -> tuple[Any, ...]:
         previous = self.service.entry_hash
