@@ -128,7 +128,7 @@ async def market(
     place: Path | str, *, balance: str = "100.00", **settings: Any
 ) -> AsyncIterator[Market]:
     """Runs an escrow in a folder or on a URL, with a funded buyer and a provider with a journal."""
-    async with running_escrow(place, **settings) as escrow, _client(escrow.url) as http:
+    async with running_escrow(place, **settings) as escrow, client_of(escrow.url) as http:
         buyer, provider = await _register(http, "buyer"), await _register(http, "provider")
         await escrow.deposit(buyer.agent_id, balance)
         yield await _with_journal(Market(escrow, http, buyer, provider))
@@ -137,7 +137,7 @@ async def market(
 @asynccontextmanager
 async def joined(process: EscrowProcess, *, balance: str = "100.00") -> AsyncIterator[Market]:
     """The same at an escrow process; the operator's deposit is made beside it."""
-    async with _client(process.url) as http:
+    async with client_of(process.url) as http:
         buyer, provider = await _register(http, "buyer"), await _register(http, "provider")
         operator = visit_ledger(Settings(process.db, ROOT_SEED), time.time)
         async with operator as ledger, ledger.write() as tx:
@@ -146,7 +146,8 @@ async def joined(process: EscrowProcess, *, balance: str = "100.00") -> AsyncIte
         yield await _with_journal(Market(process, http, buyer, provider, journal))
 
 
-def _client(url: str) -> httpx.AsyncClient:
+def client_of(url: str) -> httpx.AsyncClient:
+    """A client of the API below its base path."""
     limits = httpx.Limits(max_connections=100)
     # Plain HTTP needs no certificates, and reading them costs more than a test.
     return httpx.AsyncClient(base_url=f"{url}/api/v1", timeout=30, limits=limits, verify=False)

@@ -33,15 +33,27 @@ async def test_an_agent_registers_and_sees_itself(tmp_path: Path) -> None:
         answer = await m.post(None, "/agents", {"name": "Ada's bot"})
         assert answer.status_code == 201
         body = answer.json()
-        assert body.keys() == {"agent_id", "api_key", "name", "balance"}
+        told = {"agent_id", "api_key", "name", "handle", "tenant", "mode", "balance"}
+        assert body.keys() == told
         assert body["api_key"].startswith("pf_live_")
-        me = await m.http.get("/agents/me", headers={"Authorization": f"bearer {body['api_key']}"})
-        assert me.json() == {
+        bearer = {"Authorization": f"bearer {body['api_key']}"}
+        me = (await m.http.get("/agents/me", headers=bearer)).json()
+        (key,) = me.pop("keys")
+        assert me == {
             "agent_id": body["agent_id"],
             "name": "Ada's bot",
+            "handle": None,
+            "tenant": "public",
+            "mode": "live",
             "balance": "0.00",
+            "referrer": None,
             "created_at": 1_800_000_000,
+            "revoked_at": None,
         }
+        assert key.keys() == {
+            "key_id", "name", "scopes", "created_at", "expires_at", "revoked_at",
+        }  # fmt: skip
+        assert key["scopes"] == ["provide", "read", "spend"]
         stored = (tmp_path / "escrow.db").read_bytes() + (tmp_path / "escrow.db-wal").read_bytes()
         assert body["api_key"].encode() not in stored
 

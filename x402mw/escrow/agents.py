@@ -1,130 +1,208 @@
 """Agents, their books (journals), and how money enters: the faucet and the operator's deposits."""
 
-import hashlib
 import ipaddress
 import secrets
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import Row, func, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core import ids
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
-from x402mw.escrow import schema
+from x402mw.escrow import access, modes, referrals, schema
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import balance_of
-from x402mw.escrow.rules.values import FAUCET, WORLD, Transfer, agent_account
+from x402mw.escrow.rules.values import Transfer, agent_account
+from x402mw.escrow.tenants import PUBLIC, find_mode
 from x402mw.escrow.transactions import OPERATOR, Transaction
 
-API_KEY_PREFIX = "pf_live_"
-API_KEY_BYTES = 32
 DAY_SECONDS = 24 * 60 * 60
 
 
-def hash_api_key(api_key: str) -> str:
-    """What is stored of an API key: with 256 random bits in it, a plain hash is enough."""
-    return hashlib.sha256(api_key.encode()).hexdigest()
-
-
-async def register(tx: Transaction, name: str) -> dict[str, Any]:
-    """Makes an agent with an empty account; its API key is shown this once."""
+async def register(
+    tx: Transaction,
+    name: str,
+    *,
+    tenant: str = PUBLIC[modes.LIVE],
+    handle: str | None = None,
+    referral_code: str | None = None,
+    scopes: frozenset[str] = access.USUAL,
+) -> dict[str, Any]:
+    """Makes an agent with an empty account and a first key, whose secret is shown this once."""
+    mode = await find_mode(tx.connection, tenant)
+    if mode is None:
+        raise Refused(404, "unknown_tenant", "there is no such tenant")
+    await _check_handle(tx, tenant, handle)
+    referrer = await _introducer(tx, referral_code, tenant, mode)
     agent_id = ids.format_id(ids.AGENT, secrets.token_bytes(ids.ID_BYTES))
-    api_key = API_KEY_PREFIX + secrets.token_urlsafe(API_KEY_BYTES)
-    await tx.open_account(agent_account(agent_id))
-    await tx.insert(
-        schema.agents,
-        {
-            "agent_id": agent_id,
-            "name": name,
-            "key_hash": hash_api_key(api_key),
-            "created_at": tx.now,
-        },
-    )
-    return {"agent_id": agent_id, "api_key": api_key, "name": name, "balance": display(0)}
+    asset = modes.asset_of(tx.settings.asset.code, mode)
+    await tx.open_account(agent_account(agent_id), asset)
+    row = {"agent_id": agent_id, "name": name, "tenant": tenant, "handle": handle}
+    await tx.insert(schema.agents, {**row, "referrer": referrer or None, "created_at": tx.now})
+    key = await access.issue(tx, agent_id, mode, scopes)
+    tx.note("agent_created", actor=agent_id, data={"tenant": tenant, "referrer": referrer})
+    return {**row, "api_key": key["api_key"], "mode": mode, "balance": display(0)}
 
 
-async def find_by_key(connection: AsyncConnection, api_key: str) -> str | None:
-    """The id of the agent with this API key."""
-    agents = schema.agents.c
-    query = select(agents.agent_id).where(agents.key_hash == hash_api_key(api_key))
-    return (await connection.execute(query)).scalar_one_or_none()
+async def _check_handle(tx: Transaction, tenant: str, handle: str | None) -> None:
+    if handle is not None and await referrals.find_by_handle(tx.connection, tenant, handle):
+        raise Refused(409, "handle_taken", f"another agent of this tenant is called {handle}")
 
 
-async def exists(tx: Transaction, agent_id: str) -> bool:
-    """Tells whether there is an agent with this id."""
-    query = select(schema.agents.c.agent_id).where(schema.agents.c.agent_id == agent_id)
-    return (await tx.connection.execute(query)).first() is not None
+async def _introducer(tx: Transaction, code: str | None, tenant: str, mode: str) -> str:
+    return await referrals.find(tx, code, tenant, mode) if code is not None else ""
 
 
-async def describe(connection: AsyncConnection, agent_id: str) -> dict[str, Any]:
-    """An agent's own view of itself."""
-    own = select(schema.agents).where(schema.agents.c.agent_id == agent_id)
-    row = (await connection.execute(own)).one()
-    balance = await balance_of(connection, agent_account(agent_id))
+# Who an agent is to others.
+
+ALL = select(schema.agents, schema.tenants.c.mode).join(
+    schema.tenants, schema.tenants.c.tenant == schema.agents.c.tenant
+)
+"""Agents with their modes."""
+
+WITH_BALANCES = ALL.add_columns(schema.accounts.c.balance).join(
+    schema.accounts, schema.accounts.c.account == literal("agent:").concat(schema.agents.c.agent_id)
+)
+"""And what they have."""
+
+
+async def find(connection: AsyncConnection, agent_id: str) -> Row[Any] | None:
+    """The row of an agent with its mode, or None."""
+    query = ALL.where(schema.agents.c.agent_id == agent_id)
+    return (await connection.execute(query)).one_or_none()
+
+
+async def meet(tx: Transaction, payer: str, payee: str) -> str:
+    """The asset in which one agent may pay another, or a refusal.
+
+    An agent of the other mode does not exist here. Who is revoked neither pays nor is paid.
+    """
+    query = ALL.where(schema.agents.c.agent_id.in_([payer, payee]))
+    found = {row.agent_id: row for row in await tx.connection.execute(query)}
+    one, other = found.get(payer), found.get(payee)
+    if one is None or other is None or one.mode != other.mode:
+        raise Refused(404, "unknown_agent", "there is no agent to_agent_id")
+    if one.revoked_at is not None or other.revoked_at is not None:
+        raise Refused(409, "agent_revoked", "this agent was revoked and trades no more")
+    return modes.asset_of(tx.settings.asset.code, one.mode)
+
+
+async def describe(connection: AsyncConnection, agent_id: str, now: int) -> dict[str, Any]:
+    """An agent's own view of itself: what it has, and its keys without their secrets."""
+    query = WITH_BALANCES.where(schema.agents.c.agent_id == agent_id)
+    row = (await connection.execute(query)).one()
+    return {**summarize(row), "keys": await access.show_keys(connection, agent_id, now)}
+
+
+def summarize(row: Row[Any]) -> dict[str, Any]:
+    """An agent as it and its tenant see it."""
     return {
-        "agent_id": agent_id,
+        "agent_id": row.agent_id,
         "name": row.name,
-        "balance": display(balance),
+        "handle": row.handle,
+        "tenant": row.tenant,
+        "mode": row.mode,
+        "balance": display(row.balance),
+        "referrer": row.referrer,
         "created_at": row.created_at,
+        "revoked_at": row.revoked_at,
     }
 
 
 # Money from outside.
 
 
-async def deposit(tx: Transaction, agent_id: str, amount: Atomic) -> dict[str, Any]:
+async def deposit(
+    tx: Transaction, agent_id: str, amount: Atomic, *, actor: str = OPERATOR
+) -> dict[str, Any]:
     """Books money that the operator received for an agent."""
     if amount == 0:
         raise Refused(422, "invalid_request", "an amount of 0 moves nothing")
-    if not await exists(tx, agent_id):
+    asset = await asset_of(tx, agent_id)
+    await _mint(tx, "deposit", agent_account(agent_id), amount, asset, actor=actor)
+    return await _balance_after(tx, agent_id)
+
+
+async def withdraw(
+    tx: Transaction, agent_id: str, amount: Atomic, *, actor: str = OPERATOR
+) -> dict[str, Any]:
+    """Books money that the operator paid out to an agent."""
+    if amount == 0:
+        raise Refused(422, "invalid_request", "an amount of 0 moves nothing")
+    asset = await asset_of(tx, agent_id)
+    await check_funds(tx, agent_id, amount)
+    moves = [Transfer(agent_account(agent_id), modes.world(asset), amount)]
+    tx.post("withdrawal", moves, asset, actor=actor)
+    return await _balance_after(tx, agent_id)
+
+
+async def asset_of(tx: Transaction, agent_id: str) -> str:
+    """The asset that an agent's account holds, as the books name it."""
+    row = await find(tx.connection, agent_id)
+    if row is None:
         raise Refused(404, "unknown_agent", f"there is no agent {agent_id}")
-    await _mint(tx, "deposit", agent_account(agent_id), amount, actor=OPERATOR)
+    return modes.asset_of(tx.settings.asset.code, row.mode)
+
+
+async def check_funds(tx: Transaction, agent_id: str, amount: Atomic) -> None:
+    """Refuses what an agent cannot pay."""
+    balance = await balance_of(tx.connection, agent_account(agent_id))
+    if balance < amount:
+        shown = display(balance)
+        raise Refused(409, "insufficient_funds", "the balance does not suffice", balance=shown)
+
+
+async def _balance_after(tx: Transaction, agent_id: str) -> dict[str, Any]:
     await tx.flush()
-    return {
-        "agent_id": agent_id,
-        "balance": display(await balance_of(tx.connection, agent_account(agent_id))),
-    }
+    balance = await balance_of(tx.connection, agent_account(agent_id))
+    return {"agent_id": agent_id, "balance": display(balance)}
 
 
 async def _mint(
-    tx: Transaction, kind: str, target: str, amount: Atomic, *, actor: str | None = None
+    tx: Transaction,
+    kind: str,
+    target: str,
+    amount: Atomic,
+    asset: str,
+    *,
+    actor: str | None = None,
 ) -> None:
+    world = modes.world(asset)
     # Everything there is together stays below 2^63, so no single balance can ever overflow.
-    if amount - await balance_of(tx.connection, WORLD) > AMOUNT_MAX:
+    if amount - await balance_of(tx.connection, world) > AMOUNT_MAX:
         raise Refused(409, "amount_out_of_range", "the books cannot hold so much money")
-    tx.post(kind, [Transfer(WORLD, target, amount)], tx.settings.asset.code, actor=actor)
+    tx.post(kind, [Transfer(world, target, amount)], asset, actor=actor)
 
 
 async def claim_faucet(tx: Transaction, agent_id: str, source: str) -> dict[str, Any]:
     """Gives a new agent its first money, once, within the limits per source and day."""
-    day, amount = tx.now // DAY_SECONDS, tx.settings.faucet_amount
-    await _check_claim(tx, agent_id, source, day)
-    if await balance_of(tx.connection, FAUCET) < amount:
-        await _mint(tx, "faucet_funding", FAUCET, max(amount, tx.settings.faucet_daily))
+    day, asset = tx.now // DAY_SECONDS, await asset_of(tx, agent_id)
+    mode, faucet = modes.mode_of(asset), modes.faucet(asset)
+    terms = tx.settings.terms(mode)
+    await _check_claim(tx, agent_id, source, day, mode)
+    if await balance_of(tx.connection, faucet) < terms.faucet_amount:
+        funding = max(terms.faucet_amount, terms.faucet_daily)
+        await _mint(tx, "faucet_funding", faucet, funding, asset)
     account = agent_account(agent_id)
-    tx.post("faucet", [Transfer(FAUCET, account, amount)], tx.settings.asset.code)
-    await tx.flush()
-    await tx.insert(
-        schema.faucet_claims,
-        {"agent_id": agent_id, "source": source, "day": day, "amount": amount},
-    )
-    return {
-        "claimed": display(amount),
-        "balance": display(await balance_of(tx.connection, account)),
-    }
+    tx.post("faucet", [Transfer(faucet, account, terms.faucet_amount)], asset)
+    answer = await _balance_after(tx, agent_id)
+    claim = {"agent_id": agent_id, "source": source, "mode": mode, "day": day}
+    await tx.insert(schema.faucet_claims, {**claim, "amount": terms.faucet_amount})
+    return {"claimed": display(terms.faucet_amount), "balance": answer["balance"]}
 
 
-async def _check_claim(tx: Transaction, agent_id: str, source: str, day: int) -> None:
+async def _check_claim(tx: Transaction, agent_id: str, source: str, day: int, mode: str) -> None:
     claims = schema.faucet_claims.c
     mine = select(claims.agent_id).where(claims.agent_id == agent_id)
     if (await tx.connection.execute(mine)).first() is not None:
         raise Refused(409, "faucet_claimed", "this agent has had its first money")
-    given = select(func.coalesce(func.sum(claims.amount), 0)).where(claims.day == day)
+    of_day = (claims.mode == mode) & (claims.day == day)
+    given = select(func.coalesce(func.sum(claims.amount), 0)).where(of_day)
     today = int((await tx.connection.execute(given)).scalar_one())
-    amount = tx.settings.faucet_amount
-    if amount == 0 or today + amount > tx.settings.faucet_daily:
+    terms = tx.settings.terms(mode)
+    if terms.faucet_amount == 0 or today + terms.faucet_amount > terms.faucet_daily:
         raise _faucet_limit(tx, "the faucet is empty for today")
-    here = select(func.count()).where(claims.day == day, claims.source == source)
+    here = select(func.count()).where(of_day, claims.source == source)
     count = (await tx.connection.execute(here)).scalar_one()
     if source and count >= tx.settings.faucet_claims_per_source:
         raise _faucet_limit(tx, "too many claims from your address today")

@@ -13,13 +13,20 @@ from starlette.routing import BaseRoute, Route
 
 from x402mw.core.telemetry import Telemetry
 from x402mw.escrow import web
-from x402mw.escrow.api import agents, escrows, redemption, service
+from x402mw.escrow.api import admin, agents, escrows, keys, redemption, service, transfers
+from x402mw.escrow.api.shared import Routes, guard
 from x402mw.escrow.deadlines import HEARTBEAT_SECONDS
 from x402mw.escrow.ledger import Clock, Ledger, open_ledger
 from x402mw.escrow.observing import Observed
 from x402mw.escrow.settings import Settings
 
 API = "/api/v1"
+ROUTES: Routes = (
+    *(*agents.ROUTES, *keys.ROUTES, *transfers.ROUTES),
+    *(*escrows.ROUTES, *redemption.ROUTES, *admin.ROUTES),
+)
+"""All below the base path."""
+
 _log = logging.getLogger("x402mw.escrow")
 
 
@@ -69,8 +76,8 @@ async def _sweep_forever(ledger: Ledger) -> None:
 
 
 def _routes() -> list[BaseRoute]:
-    api = (*agents.ROUTES, *escrows.ROUTES, *redemption.ROUTES)
     return [
-        *(Route(path, endpoint, methods=[method]) for method, path, endpoint in service.ROUTES),
-        *(Route(API + path, endpoint, methods=[method]) for method, path, endpoint in api),
+        Route(base + path, guard(scopes, endpoint), methods=[method])
+        for base, routes in (("", service.ROUTES), (API, ROUTES))
+        for method, path, scopes, endpoint in routes
     ]

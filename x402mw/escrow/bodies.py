@@ -72,6 +72,10 @@ PublicKey = Annotated[str, AfterValidator(_checked(_key))]
 AgentId = Annotated[str, _id(ids.AGENT)]
 EscrowId = Annotated[str, _id(ids.ESCROW)]
 JournalId = Annotated[str, _id(ids.JOURNAL)]
+Name = Annotated[
+    str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(_printable)
+]
+Memo = Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(_printable)]
 Serial = Annotated[int, Field(ge=0, le=AMOUNT_MAX)]
 
 
@@ -79,14 +83,6 @@ class Body(BaseModel):
     """A request body; itself the empty one."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class NewAgent(Body):
-    """`POST /agents`."""
-
-    name: Annotated[
-        str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(_printable)
-    ]
 
 
 class NewJournal(Body):
@@ -105,7 +101,7 @@ class NewEscrow(Body):
     expires_in_seconds: Annotated[int, Field(ge=EXPIRES_SECONDS_MIN, le=EXPIRES_SECONDS_MAX)] = (
         EXPIRES_SECONDS_DEFAULT
     )
-    memo: Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(_printable)] = ""
+    memo: Memo = ""
 
 
 class TopUp(Body):

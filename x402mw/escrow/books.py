@@ -16,11 +16,11 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import AMOUNT_MAX
-from x402mw.escrow import schema
+from x402mw.escrow import modes, schema
 from x402mw.escrow.database import visiting
 from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules.money import balance_changes, split_fee
-from x402mw.escrow.rules.values import ENDED_STATUSES, HOUSE, WORLD, Escrow, Transfer, agent_account
+from x402mw.escrow.rules.values import ENDED_STATUSES, Escrow, Transfer, agent_account
 
 GENESIS = "0" * 64
 """The hash before the first entry."""
@@ -94,8 +94,11 @@ async def check(connection: AsyncConnection) -> list[str]:
     """
     service = (await connection.execute(select(schema.service))).one()
     accounts = schema.accounts.c
-    balances = await connection.execute(select(accounts.account, accounts.balance))
-    judge = Judge({row.account: row.balance for row in balances})
+    query = select(accounts.account, accounts.balance, accounts.asset)
+    rows = (await connection.execute(query)).all()
+    judge = Judge(
+        {row.account: row.balance for row in rows}, {row.account: row.asset for row in rows}
+    )
     violations: list[str] = []
     async for chained in _read_entries(connection):
         violations += judge.see(chained)
@@ -130,8 +133,10 @@ def _chained(lines: Sequence[Any]) -> Chained:
 class Judge:
     """Sees every entry in order, then their end, then every escrow; says what is wrong."""
 
-    def __init__(self, balances: Mapping[str, int]) -> None:
+    def __init__(self, balances: Mapping[str, int], assets: Mapping[str, str]) -> None:
+        """Both by account. An asset says whether its money is live or test (`modes`)."""
         self._balances = balances
+        self._assets = assets
         self._seq = 0
         self._hash = GENESIS
         self._posted: dict[str, int] = {}
@@ -155,6 +160,8 @@ class Judge:
         for move in entry.transfers:
             if not _is_amount(move.amount) or move.amount == 0 or move.source == move.target:
                 yield f"I2 entry {entry.seq} holds a line that does not balance"
+            if not self._assets.get(move.source) == self._assets.get(move.target) == entry.asset:
+                yield f"I1 entry {entry.seq} moves money between two assets"
             pair = (move.source, move.target)
             paid[pair] = paid.get(pair, 0) + move.amount
         for account, change in balance_changes(entry.transfers).items():
@@ -176,11 +183,16 @@ class Judge:
         """There are no more entries: the end of the chain, and I1, I3 and I18."""
         if (self._seq, self._hash) != (head_seq, head_hash):
             yield "I19 the chain does not end where the service row says"
-        if sum(self._balances.values()) != 0:
-            yield f"I1 the balances sum to {sum(self._balances.values())}, not to 0"
+        totals: dict[str, int] = {}
+        for account, balance in self._balances.items():
+            asset = self._assets.get(account, "")
+            totals[asset] = totals.get(asset, 0) + balance
+        for asset, total in totals.items():
+            if total != 0:
+                yield f"I1 the balances of {asset} sum to {total}, not to 0"
         for account in sorted(self._posted.keys() | self._balances.keys()):
             balance, posted = self._balances.get(account, 0), self._posted.get(account, 0)
-            if account != WORLD and not _is_amount(balance):
+            if account != modes.world(self._assets.get(account, "")) and not _is_amount(balance):
                 yield f"I3 {account} has the balance {balance}"
             if posted != balance:
                 yield f"I18 {account} is stored as {balance}, but {posted} was posted"
@@ -224,7 +236,7 @@ def _owed(escrow: Escrow) -> dict[tuple[str, str], int]:
     owed = {
         (buyer, escrow.account): escrow.amount,
         (escrow.account, provider): escrow.released - escrow.fee,
-        (escrow.account, HOUSE): escrow.fee,
+        (escrow.account, modes.house(escrow.asset)): escrow.fee,
         (escrow.account, buyer): escrow.refunded,
     }
     return {pair: amount for pair, amount in owed.items() if amount}

@@ -16,12 +16,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from x402mw.core.errors import AmountInvalid, ConfigurationError
 from x402mw.core.strict import b64url_encode, dumps
-from x402mw.escrow import books, database, deadlines, idempotency, schema
+from x402mw.escrow import books, database, deadlines, idempotency, modes, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules.table import InvalidState
-from x402mw.escrow.rules.values import FAUCET, HOUSE, WORLD
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.thread import WriterThread
 from x402mw.escrow.transactions import Transaction
@@ -240,9 +239,11 @@ async def _found(connection: AsyncConnection, ledger: Ledger) -> None:
 
 async def _write_first_rows(connection: AsyncConnection, ledger: Ledger, root_key: str) -> None:
     now = ledger.now()
+    assets = [modes.asset_of(ledger.settings.asset.code, mode) for mode in modes.MODES]
     accounts = [
-        {"account": name, "asset": ledger.settings.asset.code, "balance": 0}
-        for name in (WORLD, FAUCET, HOUSE)
+        {"account": name(asset), "asset": asset, "balance": 0}
+        for asset in assets
+        for name in (modes.world, modes.faucet, modes.house)
     ]
     await connection.execute(insert(schema.accounts), accounts)
     await connection.execute(

@@ -33,7 +33,32 @@ service = _table(
 Every writing transaction locks it first, so entries have one order and changes are seen in it.
 """
 
-agents = _table("agents", text="agent_id name key_hash", numbers="created_at")
+tenants = _table("tenants", text="tenant mode", numbers="created_at")
+"""Who runs agents here; the name is the key. Test and live tenants never trade with each other."""
+
+agents = _table(
+    "agents",
+    text="agent_id name tenant handle referrer",
+    numbers="created_at revoked_at",
+    nullable="handle referrer revoked_at",
+)
+
+api_keys = _table(
+    "api_keys",
+    text="key_id agent_id key_hash scopes name",
+    numbers="created_at expires_at revoked_at",
+    nullable="expires_at revoked_at",
+)
+"""A key is dead once it has a `revoked_at`, whatever the clock says, or when `expires_at` came."""
+
+bookings = _table("bookings", text="reference kind agent_id operator", numbers="amount created_at")
+"""What the operator booked for the world outside: one row for each line of a bank."""
+
+transfers = _table(
+    "transfers",
+    text="transfer_id sender recipient asset memo",
+    numbers="amount number created_at",
+)
 
 accounts = _table("accounts", text="account asset", numbers="balance")
 
@@ -100,7 +125,7 @@ idempotency = _table(
     "idempotency", text="principal route key body_hash answer", numbers="status created_at"
 )
 
-faucet_claims = _table("faucet_claims", text="agent_id source", numbers="day amount")
+faucet_claims = _table("faucet_claims", text="agent_id source mode", numbers="day amount")
 
 webhooks = _table(
     "webhooks",

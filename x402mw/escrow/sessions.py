@@ -14,13 +14,13 @@ from x402mw.core import ids
 from x402mw.core.amounts import Atomic, display
 from x402mw.core.strict import b64url_decode
 from x402mw.core.tokens import SessionToken
-from x402mw.escrow import agents, schema
+from x402mw.escrow import agents, modes, schema
 from x402mw.escrow.bodies import NewEscrow
 from x402mw.escrow.errors import Refused, not_found
-from x402mw.escrow.rows import balance_of, fetch_escrows, find_escrow
+from x402mw.escrow.rows import fetch_escrows, find_escrow
 from x402mw.escrow.rules import session
 from x402mw.escrow.rules.table import Event
-from x402mw.escrow.rules.values import Escrow, agent_account
+from x402mw.escrow.rules.values import Escrow
 from x402mw.escrow.transactions import Transaction
 
 
@@ -32,7 +32,8 @@ def describe(escrow: Escrow) -> dict[str, Any]:
         "status": escrow.status,
         "from_agent_id": escrow.buyer,
         "to_agent_id": escrow.provider,
-        "asset": escrow.asset,
+        "asset": modes.shown(escrow.asset),
+        "mode": modes.mode_of(escrow.asset),
         "amount": display(escrow.amount),
         "released": display(escrow.released),
         "redeemed": display(escrow.redeemed),
@@ -53,12 +54,12 @@ def describe(escrow: Escrow) -> dict[str, Any]:
 
 async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]:
     """Locks a buyer's money for one provider, and issues the first token."""
-    await _check_parties(tx, buyer, wish)
+    asset = await _check_parties(tx, buyer, wish)
     empty = session.new_session(
         escrow_id=ids.format_id(ids.ESCROW, secrets.token_bytes(ids.ID_BYTES)),
         buyer=buyer,
         provider=wish.to_agent_id,
-        asset=tx.settings.asset.code,
+        asset=asset,
         fee_bps=tx.settings.fee_bps,
         session_key=wish.session_key,
         journal=wish.journal,
@@ -66,30 +67,24 @@ async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]
         created_at=tx.now,
         expires_at=tx.now + wish.expires_in_seconds,
     )
-    await _check_funds(tx, buyer, wish.amount)
+    await agents.check_funds(tx, buyer, wish.amount)
     locked, token = await _issue(tx, session.top_up(empty, wish.amount))
     return {**describe(tx.save(empty, locked, "lock")), "token": token}
 
 
-async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> None:
-    if wish.amount < tx.settings.min_escrow:
-        least = display(tx.settings.min_escrow)
-        raise Refused(422, "below_minimum", f"an escrow locks at least {least}", minimum=least)
+async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> str:
+    """The asset that they trade in."""
     if wish.to_agent_id == buyer:
         raise Refused(422, "self_payment", "buyer and provider must be two agents")
-    if not await agents.exists(tx, wish.to_agent_id):
-        raise Refused(404, "unknown_agent", "there is no agent to_agent_id")
+    asset = await agents.meet(tx, buyer, wish.to_agent_id)
+    minimum = tx.settings.terms(modes.mode_of(asset)).min_escrow
+    if wish.amount < minimum:
+        least = display(minimum)
+        raise Refused(422, "below_minimum", f"an escrow locks at least {least}", minimum=least)
     journal = await agents.find_journal(tx.connection, wish.journal)
     if journal is None or journal.agent_id != wish.to_agent_id:
         raise Refused(404, "unknown_journal", "to_agent_id has not registered this journal")
-
-
-async def _check_funds(tx: Transaction, buyer: str, amount: Atomic) -> None:
-    balance = await balance_of(tx.connection, agent_account(buyer))
-    if balance < amount:
-        raise Refused(
-            409, "insufficient_funds", "your balance does not suffice", balance=display(balance)
-        )
+    return asset
 
 
 async def _issue(tx: Transaction, escrow: Escrow) -> tuple[Escrow, str]:
@@ -110,7 +105,7 @@ async def _issue(tx: Transaction, escrow: Escrow) -> tuple[Escrow, str]:
         session_key=b64url_decode(escrow.session_key, 32),
         receipt_key=b64url_decode(journal.receipt_key, 32),
         payer=escrow.buyer,
-        asset=escrow.asset,
+        asset=modes.shown(escrow.asset),
         deposit=escrow.amount,
         released=escrow.released,
         exp=exp,
@@ -130,7 +125,7 @@ async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -
     """Locks more in an open session, and issues a token that says so."""
     before = await _as_buyer(tx, caller, escrow_id)
     grown = session.top_up(before, amount)
-    await _check_funds(tx, caller, amount)
+    await agents.check_funds(tx, caller, amount)
     after, token = await _issue(tx, grown)
     return {**describe(tx.save(before, after, Event.TOP_UP.value)), "token": token}
 

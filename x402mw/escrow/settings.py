@@ -2,17 +2,28 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from x402mw.core.amounts import USDC, Asset, Atomic, to_atomic
+from x402mw.core.amounts import USDC, ZERO, Asset, Atomic, to_atomic
 from x402mw.core.errors import ConfigurationError
 from x402mw.core.tokens import CLAIM_SECONDS
+from x402mw.escrow.modes import TEST
 
 NETWORK = "escrow:main"
 LOCAL_PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"
 """Whose word about a client's address counts: this machine's, in each spelling."""
 
 ONE_DOLLAR, HUNDRED_DOLLARS = to_atomic("1.00"), to_atomic("100.00")
+TEN_THOUSAND_DOLLARS = to_atomic("10000.00")
 _NETWORK = re.compile(r"escrow:[-_a-zA-Z0-9]{1,32}", re.ASCII)
+
+
+class Terms(NamedTuple):
+    """What differs between live and test tenants, in atomic units."""
+
+    min_escrow: Atomic
+    faucet_amount: Atomic
+    faucet_daily: Atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,9 @@ class Settings:
     faucet_amount: Atomic = ONE_DOLLAR
     faucet_daily: Atomic = HUNDRED_DOLLARS
     faucet_claims_per_source: int = 10
+    test_min_escrow: Atomic = ZERO
+    test_faucet_amount: Atomic = HUNDRED_DOLLARS
+    test_faucet_daily: Atomic = TEN_THOUSAND_DOLLARS
     checkpoint_entries: int = 1000
     checkpoint_seconds: int = 600
     local_webhooks: bool = False
@@ -46,3 +60,9 @@ class Settings:
             raise ConfigurationError("a fee lies between 0 and 10000 basis points")
         if not 60 <= self.claim_seconds <= 600:
             raise ConfigurationError("claim_seconds lies between 60 and 600")
+
+    def terms(self, mode: str) -> Terms:
+        """What tenants of a mode are offered: test money is given away, so there is more of it."""
+        if mode == TEST:
+            return Terms(self.test_min_escrow, self.test_faucet_amount, self.test_faucet_daily)
+        return Terms(self.min_escrow, self.faucet_amount, self.faucet_daily)

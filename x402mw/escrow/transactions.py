@@ -195,12 +195,9 @@ class Transaction:
 
     # Rows.
 
-    async def open_account(self, account: str) -> None:
+    async def open_account(self, account: str, asset: str) -> None:
         """Makes an empty account."""
-        await write(self.connection, Set(_NEW_ACCOUNT, [self._empty(account)]))
-
-    def _empty(self, account: str) -> tuple[str, str, int]:
-        return account, self.settings.asset.code, 0
+        await write(self.connection, Set(_NEW_ACCOUNT, [(account, asset, 0)]))
 
     async def insert(self, table: Any, *rows: dict[str, Any]) -> None:
         """Writes new rows now; only after everything that might refuse was decided."""
@@ -218,7 +215,7 @@ class Transaction:
 
     async def _write_new_escrows(self) -> None:
         new = list(self._new_escrows.values())
-        accounts = [self._empty(escrow.account) for escrow in new]
+        accounts = [(escrow.account, escrow.asset, 0) for escrow in new]
         await write(self.connection, Set(_NEW_ACCOUNT, accounts), Set(_NEW_ESCROW, new))
 
     async def _write_entries(self) -> None:

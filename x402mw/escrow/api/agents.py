@@ -6,18 +6,50 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from x402mw.core import ids
-from x402mw.escrow import agents, bodies, web
-from x402mw.escrow.api.shared import Routes, change, find_caller, find_ledger, path_id
+from x402mw.escrow import access, agents, bodies, web
+from x402mw.escrow.access import PROVIDE, READ, SPEND
+from x402mw.escrow.account_bodies import NewAgent
+from x402mw.escrow.api.shared import (
+    OPEN,
+    Routes,
+    authenticate,
+    change,
+    find_caller,
+    find_ledger,
+    find_principal,
+    path_id,
+)
+from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.modes import LIVE
+from x402mw.escrow.referrals import find_by_handle
+from x402mw.escrow.tenants import PUBLIC
 from x402mw.escrow.transactions import Transaction
 
 
 async def register_agent(request: Request) -> Response:
-    """POST /agents."""
-    body = web.parse(bodies.NewAgent, await web.read_body(request))
-    answer = await find_ledger(request).perform(
-        lambda tx: agents.register(tx, body.name), caller=None, status=201
-    )
+    """POST /agents. Its answer holds a secret, so it is never stored for another try."""
+    body = web.parse(NewAgent, await web.read_body(request))
+    tenant = await _find_tenant(request, body)
+
+    async def register(tx: Transaction) -> dict[str, Any]:
+        return await agents.register(
+            tx, body.name, tenant=tenant, handle=body.handle, referral_code=body.referral_code
+        )
+
+    answer = await find_ledger(request).perform(register, caller=None, status=201)
     return web.respond(answer)
+
+
+async def _find_tenant(request: Request, body: NewAgent) -> str:
+    """The public tenant of the mode wished for, or that of the admin who asks."""
+    if "authorization" not in request.headers:
+        return PUBLIC[body.mode or LIVE]
+    admin = await authenticate(request)
+    if access.ADMIN not in admin.scopes:
+        raise access.lacking([access.ADMIN])
+    if body.mode not in (None, admin.mode):
+        raise Refused(409, "mode_mismatch", f"your tenant is {admin.mode}")
+    return admin.tenant
 
 
 async def show_agent(request: Request) -> Response:
@@ -25,7 +57,26 @@ async def show_agent(request: Request) -> Response:
     caller, ledger = await find_caller(request), find_ledger(request)
     await ledger.refresh(caller)
     async with ledger.read() as connection:
-        return JSONResponse(await agents.describe(connection, caller))
+        return JSONResponse(await agents.describe(connection, caller, ledger.now()))
+
+
+async def show_handle(request: Request) -> Response:
+    """GET /handles/{handle}: which agent of the caller's tenant is called so."""
+    tenant = find_principal(request).tenant
+    async with find_ledger(request).read() as connection:
+        row = await find_by_handle(connection, tenant, request.path_params["handle"])
+    if row is None:
+        raise not_found()
+    return JSONResponse({"agent_id": row.agent_id, "handle": row.handle, "name": row.name})
+
+
+async def revoke_itself(request: Request) -> Response:
+    """POST /agents/me/revoke."""
+
+    async def revoke(tx: Transaction, caller: str, _body: bodies.Body) -> dict[str, Any]:
+        return await access.revoke_agent(tx, caller, actor=caller)
+
+    return await change(request, bodies.Body, revoke)
 
 
 async def claim_faucet(request: Request) -> Response:
@@ -49,8 +100,10 @@ async def register_journal(request: Request) -> Response:
 
 
 ROUTES: Routes = (
-    ("POST", "/agents", register_agent),
-    ("GET", "/agents/me", show_agent),
-    ("POST", "/faucet/claim", claim_faucet),
-    ("PUT", "/journals/{journal}", register_journal),
+    ("POST", "/agents", OPEN, register_agent),
+    ("GET", "/agents/me", READ, show_agent),
+    ("POST", "/agents/me/revoke", SPEND, revoke_itself),
+    ("GET", "/handles/{handle}", READ, show_handle),
+    ("POST", "/faucet/claim", SPEND, claim_faucet),
+    ("PUT", "/journals/{journal}", PROVIDE, register_journal),
 )

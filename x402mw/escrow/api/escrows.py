@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from x402mw.core import ids
 from x402mw.core.amounts import ZERO
 from x402mw.escrow import bodies, redemption, sessions, web
+from x402mw.escrow.access import PROVIDE, READ, SPEND
 from x402mw.escrow.api.redemption import judge
 from x402mw.escrow.api.shared import (
     PAGE_ITEMS,
@@ -118,11 +119,11 @@ async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Clo
 
 
 ROUTES: Routes = (
-    ("POST", "/escrow", create_escrow),
-    ("GET", "/escrow", list_escrows),
-    ("GET", "/escrow/{escrow_id}", show_escrow),
-    ("POST", "/escrow/{escrow_id}/token", renew_token),
-    ("POST", "/escrow/{escrow_id}/topup", top_up),
-    ("POST", "/escrow/{escrow_id}/release", release),
-    ("POST", "/escrow/{escrow_id}/close", close),
+    ("POST", "/escrow", SPEND, create_escrow),
+    ("GET", "/escrow", READ, list_escrows),
+    ("GET", "/escrow/{escrow_id}", READ, show_escrow),
+    ("POST", "/escrow/{escrow_id}/token", SPEND, renew_token),
+    ("POST", "/escrow/{escrow_id}/topup", SPEND, top_up),
+    ("POST", "/escrow/{escrow_id}/release", SPEND, release),
+    ("POST", "/escrow/{escrow_id}/close", f"{SPEND} {PROVIDE}", close),
 )

@@ -7,6 +7,7 @@ from x402mw.core import ids
 from x402mw.core.errors import Malformed
 from x402mw.core.vouchers import network_id
 from x402mw.escrow import bodies, redemption, web
+from x402mw.escrow.access import PROVIDE
 from x402mw.escrow.api.shared import PAGE_ITEMS, Routes, find_caller, find_ledger
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.ledger import Ledger
@@ -57,6 +58,6 @@ async def show_changes(request: Request) -> Response:
 
 
 ROUTES: Routes = (
-    ("POST", "/redeem", redeem),
-    ("GET", "/changes", show_changes),
+    ("POST", "/redeem", PROVIDE, redeem),
+    ("GET", "/changes", PROVIDE, show_changes),
 )

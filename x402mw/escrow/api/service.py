@@ -4,7 +4,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from x402mw.core.strict import b64url_encode
-from x402mw.escrow.api.shared import Routes, find_ledger
+from x402mw.escrow.api.shared import OPEN, Routes, find_ledger
 
 
 async def show_health(request: Request) -> Response:
@@ -26,6 +26,6 @@ async def show_keys(request: Request) -> Response:
 
 
 ROUTES: Routes = (
-    ("GET", "/health", show_health),
-    ("GET", "/.well-known/x402mw-keys", show_keys),
+    ("GET", "/health", OPEN, show_health),
+    ("GET", "/.well-known/x402mw-keys", OPEN, show_keys),
 )

@@ -1,6 +1,7 @@
-"""What the routes share: who calls, which ledger, and one operation per idempotency key."""
+"""What the routes share: who calls and may, which ledger, one operation per idempotency key."""
 
 from collections.abc import Awaitable, Callable
+from functools import wraps
 from typing import Any
 
 from starlette.requests import Request
@@ -8,8 +9,9 @@ from starlette.responses import Response
 
 from x402mw.core import ids
 from x402mw.core.errors import Malformed
-from x402mw.escrow import agents, web
-from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow import access, web
+from x402mw.escrow.access import Principal
+from x402mw.escrow.errors import not_found
 from x402mw.escrow.ledger import Ledger
 from x402mw.escrow.transactions import Transaction
 
@@ -17,8 +19,15 @@ PAGE_ITEMS = 100
 PAGE_ITEMS_MAX = 500
 _BEARER = "bearer "
 Endpoint = Callable[[Request], Awaitable[Response]]
-Routes = tuple[tuple[str, str, Endpoint], ...]
-"""(method, path below the base, function) of each route."""
+Routes = tuple[tuple[str, str, str, Endpoint], ...]
+"""(method, path below the base, scopes, function) of each route.
+
+Of the scopes, separated by spaces, a key needs one; a route with none needs no key.
+"""
+
+OPEN = ""
+MANAGING = " ".join(scope for scope in access.SCOPES if scope in access.MANAGING)
+_PRINCIPAL = "x402mw.principal"
 
 
 def find_ledger(request: Request) -> Ledger:
@@ -27,20 +36,44 @@ def find_ledger(request: Request) -> Ledger:
     return ledger
 
 
-async def find_caller(request: Request) -> str:
-    """The agent whose API key this request carries."""
+def guard(scopes: str, endpoint: Endpoint) -> Endpoint:
+    """Lets only keys with one of some scopes come to a route."""
+    needed = scopes.split()
+    if not needed:
+        return endpoint
+
+    @wraps(endpoint)
+    async def guarded(request: Request) -> Response:
+        principal = await authenticate(request)
+        if principal.scopes.isdisjoint(needed):
+            raise access.lacking(needed)
+        request.scope[_PRINCIPAL] = principal
+        return await endpoint(request)
+
+    return guarded
+
+
+async def authenticate(request: Request) -> Principal:
+    """Who has the API key that this request carries, whatever it may do."""
     header = request.headers.get("authorization", "")
     api_key = header[len(_BEARER) :].strip() if header[: len(_BEARER)].lower() == _BEARER else ""
-    async with find_ledger(request).read() as connection:
-        agent_id = await agents.find_by_key(connection, api_key)
-    if agent_id is None:
-        raise Refused(
-            401,
-            "unauthorized",
-            "send Authorization: Bearer and your API key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-    return agent_id
+    ledger = find_ledger(request)
+    async with ledger.read() as connection:
+        principal = await access.find_principal(connection, api_key, ledger.now())
+    if principal is None:
+        raise access.unauthorized()
+    return principal
+
+
+def find_principal(request: Request) -> Principal:
+    """Whom `guard` let in."""
+    principal: Principal = request.scope[_PRINCIPAL]
+    return principal
+
+
+async def find_caller(request: Request) -> str:
+    """The agent that `guard` let in."""
+    return find_principal(request).agent_id
 
 
 def path_id(request: Request, name: str, prefix: str) -> str:

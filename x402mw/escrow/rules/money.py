@@ -6,9 +6,10 @@ from fractions import Fraction
 from functools import lru_cache
 
 from x402mw.core.amounts import Atomic, atomic
+from x402mw.escrow.modes import house
 from x402mw.escrow.rules import table
 from x402mw.escrow.rules.table import Event, NotCovered
-from x402mw.escrow.rules.values import HOUSE, Escrow, Transfer, agent_account
+from x402mw.escrow.rules.values import Escrow, Transfer, agent_account
 
 BPS = 10_000
 Payees = tuple[tuple[str, Fraction], ...]
@@ -73,7 +74,7 @@ def transfers(before: Escrow, after: Escrow) -> list[Transfer]:
     moves = (
         (buyer, after.account, after.amount - before.amount),
         *((after.account, payee, share) for payee, share in _shares(after, provider, earned)),
-        (after.account, HOUSE, fee - referral),
+        (after.account, house(after.asset), fee - referral),
         (after.account, agent_account(after.referrer), referral),
         (after.account, buyer, after.refunded - before.refunded),
         (provider, buyer, after.returned - before.returned),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from x402mw.core.amounts import ZERO, Atomic
 
 WORLD, FAUCET, HOUSE = "world", "faucet", "house:fees"
+"""Of live money; test money has accounts of its own (`modes`)."""
 
 MANUAL, SESSION = "manual", "session"
 """The two kinds of escrow: the buyer releases by hand, or vouchers do."""

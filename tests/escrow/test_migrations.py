@@ -1,0 +1,118 @@
+"""Books of older versions: brought up to date on both databases, with all that they held."""
+
+import json
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, MetaData, insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tests.escrow.market import Market, client_of
+from tests.support.escrow import Agent, running_escrow
+from x402mw.escrow import database
+from x402mw.escrow.books import audit
+
+pytestmark = pytest.mark.anyio
+OLD = json.loads((Path(__file__).parent / "books_0003.json").read_text())
+"""What revision 0003 had written, and the secrets of its agents; 0001 has the same columns."""
+
+
+@pytest.fixture(params=["0001", "0003"])
+async def old_db(request: pytest.FixtureRequest, empty_db: str) -> str:
+    """A database of an older version that was traded in."""
+    async with opened(empty_db) as connection:
+        await connection.run_sync(lambda sync: database.upgrade(sync, request.param))
+        await connection.run_sync(_fill)
+    return empty_db
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[AsyncConnection]:
+    """A connection that writes."""
+    engine = database.open_engine(url)
+    try:
+        async with engine.begin() as connection:
+            yield connection
+    finally:
+        await engine.dispose()
+
+
+def _fill(connection: Connection) -> None:
+    tables = _reflect(connection)
+    for name, rows in OLD["tables"].items():
+        if rows:
+            connection.execute(insert(tables[name]), rows)
+
+
+def _reflect(connection: Connection) -> Any:
+    metadata = MetaData()
+    with warnings.catch_warnings():
+        # It says that it skips an index by an expression.
+        warnings.simplefilter("ignore")
+        metadata.reflect(connection)
+    return metadata.tables
+
+
+def _read(connection: Connection) -> dict[str, list[dict[str, Any]]]:
+    return {
+        name: [dict(row) for row in connection.execute(select(table)).mappings()]
+        for name, table in _reflect(connection).items()
+    }
+
+
+async def test_books_of_an_older_version_are_kept(old_db: str) -> None:
+    """House: the newest schema holds what an old one held, row by row, and passes the check."""
+    async with opened(old_db) as connection:
+        await database.migrate(connection)
+        now = await connection.run_sync(_read)
+        if not old_db.startswith("postgresql"):
+            broken = await connection.exec_driver_sql("PRAGMA foreign_key_check")
+            assert broken.all() == []
+    for name, rows in OLD["tables"].items():
+        for row in rows:
+            kept = {column: value for column, value in row.items() if column != "key_hash"}
+            assert any(kept.items() <= found.items() for found in now[name]), (name, kept)
+    assert len(now["agents"]) == len(now["api_keys"]) == 2
+    assert await audit(old_db) == []
+
+
+async def test_an_old_agent_goes_on_with_its_key(old_db: str) -> None:
+    """E22: a key of before the migration reads, spends and provides, and may no more."""
+    async with running_escrow(old_db) as escrow, client_of(escrow.url) as http:
+        buyer, provider = (Agent("", OLD["keys"][name]) for name in ("buyer", "provider"))
+        m = Market(escrow, http, buyer, provider)
+        me = (await m.get(buyer, "/agents/me")).json()
+        assert (me["name"], me["tenant"], me["balance"]) == ("buyer", "public", "89.50")
+        assert me["keys"][0]["scopes"] == ["provide", "read", "spend"]
+        old = OLD["keys"]["open"]
+        (verdict,) = await m.redeem({"voucher": m.voucher(old, "3.00"), "amount": "3.00"})
+        assert verdict["released"] == "3.00"
+        again = await m.post(buyer, f"/escrow/{old}/topup", {"amount": "2.50"}, key="k1")
+        assert again.headers["idempotent-replayed"] == "true"
+        twice = await m.post(provider, "/faucet/claim")
+        assert twice.json()["code"] == "faucet_claimed"
+        test = (await m.post(None, "/agents", {"name": "t", "mode": "test"})).json()
+        claimed = await m.post(Agent("", test["api_key"]), "/faucet/claim")
+        assert claimed.json()["balance"] == "100.00"
+
+
+async def test_accounts_keep_their_guards(old_db: str) -> None:
+    """I3: after the migration no account but the two worlds goes below zero."""
+    async with opened(old_db) as connection:
+        await database.migrate(connection)
+    for account, allowed in (("faucet", False), ("house:fees:test", False), ("world:test", True)):
+        change = f"UPDATE accounts SET balance = -1000000000 WHERE account = '{account}'"
+        if allowed:
+            async with opened(old_db) as connection:
+                assert (await connection.exec_driver_sql(change)).rowcount == 1
+        else:
+            with pytest.raises(Exception, match=r"(?i)check"):
+                async with opened(old_db) as connection:
+                    await connection.exec_driver_sql(change)
+    with pytest.raises(Exception, match="append-only"):
+        async with opened(old_db) as connection:
+            await connection.exec_driver_sql("DELETE FROM postings")

@@ -1,0 +1,70 @@
+"""What request bodies about accounts may hold: agents, keys, transfers, the operator's bookings."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from x402mw.escrow.bodies import AgentId, Body, Memo, Name, PositiveAmount
+
+HANDLE_FORM = "[a-z0-9-]{3,40}"
+GRACE_SECONDS_MAX = 24 * 60 * 60
+_HANDLE = re.compile(HANDLE_FORM, re.ASCII)
+_CODE = re.compile(rf"ag_[0-9a-f]{{32}}|{HANDLE_FORM}", re.ASCII)
+
+Mode = Literal["live", "test"]
+Scope = Literal["read", "spend", "provide", "admin", "arbiter"]
+
+
+def _handle(text: str) -> str:
+    if not _HANDLE.fullmatch(text):
+        raise ValueError("a handle has 3 to 40 of a-z, 0-9 and -")
+    return text
+
+
+def _code(text: str) -> str:
+    if not _CODE.fullmatch(text):
+        raise ValueError("a referral code is an agent's id or handle")
+    return text
+
+
+Handle = Annotated[str, AfterValidator(_handle)]
+ReferralCode = Annotated[str, AfterValidator(_code)]
+
+
+class NewAgent(Body):
+    """`POST /agents`."""
+
+    name: Name
+    handle: Handle | None = None
+    mode: Mode | None = None
+    referral_code: ReferralCode | None = None
+
+
+class NewKey(Body):
+    """`POST /agents/me/keys`: without `scopes`, those of the key that asks."""
+
+    name: Name | Literal[""] = ""
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=5)] | None = None
+
+
+class Rotation(Body):
+    """`POST /agents/me/keys/{key_id}/rotate`: how long the old key still works."""
+
+    grace_seconds: Annotated[int, Field(ge=0, le=GRACE_SECONDS_MAX)] = 0
+
+
+class NewTransfer(Body):
+    """`POST /transfers`: pays without an escrow."""
+
+    to_agent_id: AgentId
+    amount: PositiveAmount
+    memo: Memo = ""
+
+
+class NewBooking(Body):
+    """`POST /operator/deposits` and `/operator/withdrawals`: one line of a bank."""
+
+    agent_id: AgentId
+    amount: PositiveAmount
+    reference: Name

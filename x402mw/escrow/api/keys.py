@@ -1,0 +1,80 @@
+"""Routes about API keys. Their answers hold secrets, so they are never stored for another try."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from x402mw.escrow import access, bodies, web
+from x402mw.escrow.access import KEY_ID, READ
+from x402mw.escrow.account_bodies import NewKey, Rotation
+from x402mw.escrow.api.shared import (
+    MANAGING,
+    Routes,
+    find_ledger,
+    find_principal,
+    path_id,
+)
+from x402mw.escrow.transactions import Transaction
+
+
+async def list_keys(request: Request) -> Response:
+    """GET /agents/me/keys."""
+    ledger, caller = find_ledger(request), find_principal(request).agent_id
+    async with ledger.read() as connection:
+        return JSONResponse({"items": await access.show_keys(connection, caller, ledger.now())})
+
+
+async def create_key(request: Request) -> Response:
+    """POST /agents/me/keys."""
+    asker = find_principal(request)
+
+    async def create(tx: Transaction, body: NewKey) -> dict[str, Any]:
+        return await access.create_key(tx, asker, body.name, body.scopes)
+
+    return await _secretly(request, NewKey, create, status=201)
+
+
+async def rotate_key(request: Request) -> Response:
+    """POST /agents/me/keys/{key_id}/rotate."""
+    asker, key_id = find_principal(request), path_id(request, "key_id", KEY_ID)
+
+    async def rotate(tx: Transaction, body: Rotation) -> dict[str, Any]:
+        return await access.rotate_key(tx, asker, key_id, body.grace_seconds)
+
+    return await _secretly(request, Rotation, rotate, status=201)
+
+
+async def revoke_key(request: Request) -> Response:
+    """DELETE /agents/me/keys/{key_id}."""
+    asker, key_id = find_principal(request), path_id(request, "key_id", KEY_ID)
+
+    async def revoke(tx: Transaction, _body: bodies.Body) -> dict[str, Any]:
+        return await access.revoke_key(tx, asker, key_id)
+
+    return await _secretly(request, bodies.Body, revoke)
+
+
+async def _secretly(
+    request: Request,
+    model: type[web.Model],
+    operation: Callable[[Transaction, web.Model], Awaitable[dict[str, Any]]],
+    *,
+    status: int = 200,
+) -> Response:
+    """Runs an operation whose answer may not be stored."""
+    caller = find_principal(request).agent_id
+    body = web.parse(model, await web.read_body(request))
+    answer = await find_ledger(request).perform(
+        lambda tx: operation(tx, body), caller=caller, status=status
+    )
+    return web.respond(answer)
+
+
+ROUTES: Routes = (
+    ("GET", "/agents/me/keys", READ, list_keys),
+    ("POST", "/agents/me/keys", MANAGING, create_key),
+    ("POST", "/agents/me/keys/{key_id}/rotate", MANAGING, rotate_key),
+    ("DELETE", "/agents/me/keys/{key_id}", MANAGING, revoke_key),
+)
