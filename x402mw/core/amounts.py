@@ -79,6 +79,13 @@ def parse_display(text: object) -> Fraction:
     return exact(value)
 
 
+def parse_number(value: object) -> Fraction:
+    """Reads a display amount that came as a JSON number, never through float (M3)."""
+    if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
+        raise AmountInvalid("an amount is a decimal string or a JSON number")
+    return exact(Decimal(value))
+
+
 def exact(value: Decimal) -> Fraction:
     """Turns a parsed number into an exact, non-negative fraction of display units (M2 to M4)."""
     if not value.is_finite():
@@ -97,7 +104,12 @@ def exact(value: Decimal) -> Fraction:
 
 def to_atomic(text: object, asset: Asset = USDC) -> Atomic:
     """Reads a display amount that must be whole atomic units, as every new lock must be (M4)."""
-    units = parse_display(text) * asset.unit
+    return whole(parse_display(text), asset)
+
+
+def whole(value: Fraction, asset: Asset = USDC) -> Atomic:
+    """Display units as atomic ones, which they must be exactly."""
+    units = value * asset.unit
     if units.denominator != 1:
         raise AmountInvalid(f"{asset.code} has {asset.decimals} decimals; this amount is finer")
     return atomic(units.numerator)

@@ -1,12 +1,13 @@
 """The rows of manual escrows: read as one agreement, written as what has changed of it."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from x402mw.core.amounts import Atomic
+from x402mw.core.amounts import Atomic, display
 from x402mw.escrow import schema
 from x402mw.escrow.rules import manual
 from x402mw.escrow.rules.manual import Agreement, Dispute, Part, PartState
@@ -36,6 +37,12 @@ async def load(connection: AsyncConnection, escrow: Escrow) -> Agreement:
         review_seconds=row.review_seconds,
         dispute=await _load_dispute(connection, name) if escrow.disputed else None,
     )
+
+
+async def find_row(connection: AsyncConnection, escrow_id: str) -> Any:
+    """The row of an agreement, with the condition it was made under."""
+    table = schema.agreements
+    return (await connection.execute(select(table).where(table.c.escrow_id == escrow_id))).one()
 
 
 async def _load_parts(connection: AsyncConnection, escrow_id: str) -> tuple[Part, ...]:
@@ -96,7 +103,8 @@ async def keep(
     **said: Any,
 ) -> Agreement:
     """Writes what an event changed, the last thing of an operation; `said` goes into its entry."""
-    escrow = tx.save(before.escrow, after.escrow, event.value, effective_at)
+    data = {name: value for name, value in said.items() if value not in (None, "")}
+    escrow = tx.save(before.escrow, after.escrow, event.value, effective_at, data=data or None)
     if after.carry != before.carry:
         agreements = schema.agreements
         await tx.connection.execute(
@@ -107,8 +115,10 @@ async def keep(
     for old, new in zip(before.parts, after.parts, strict=True):
         if new != old:
             await _write_part(tx, escrow, new)
+    if before.dispute is None and after.dispute is not None:
+        await _open_dispute(tx, after, after.dispute, str(said.get("reason", "")))
     if after.dispute is None and before.dispute is not None:
-        await _end_dispute(tx, before, after, event, **said)
+        await _end_dispute(tx, before, after, event, said.get("arbiter"))
     return after._replace(escrow=escrow)
 
 
@@ -133,27 +143,78 @@ async def _write_part(tx: Transaction, escrow: Escrow, part: Part) -> None:
     )
 
 
-async def _end_dispute(
-    tx: Transaction, before: Agreement, after: Agreement, event: Event, **said: Any
+async def _open_dispute(
+    tx: Transaction, agreement: Agreement, opened: Dispute, reason: str
 ) -> None:
-    if before.dispute is None:
-        return
-    disputes = schema.disputes
+    await tx.insert(
+        schema.disputes,
+        {
+            "escrow_id": agreement.escrow.escrow_id,
+            "number": opened.number,
+            "status": OPEN,
+            "opener": opened.opener,
+            "reason": reason,
+            "part": opened.part,
+            "amount": agreement.escrow.disputed,
+            "opened_at": opened.opened_at,
+            "deadline": opened.deadline,
+            "to_provider": 0,
+            "to_buyer": 0,
+        },
+    )
+
+
+async def _end_dispute(
+    tx: Transaction, before: Agreement, after: Agreement, event: Event, arbiter: str | None
+) -> None:
+    disputes, open_ones = schema.disputes, schema.disputes.c.status == OPEN
     decided = event in (Event.RESOLVE, Event.UNDECIDED)
     await tx.connection.execute(
         update(disputes)
-        .where(
-            disputes.c.escrow_id == before.escrow.escrow_id,
-            disputes.c.number == before.dispute.number,
-        )
+        .where(disputes.c.escrow_id == before.escrow.escrow_id, open_ones)
         .values(
             status=_DECIDED[event],
             to_provider=after.escrow.released - before.escrow.released if decided else 0,
             to_buyer=after.escrow.refunded - before.escrow.refunded if decided else 0,
-            arbiter=said.get("arbiter"),
+            arbiter=arbiter,
             decided_at=tx.now,
         )
     )
+
+
+async def count_disputes(connection: AsyncConnection, escrow_id: str) -> int:
+    """How many disputes an escrow has had."""
+    query = select(func.count()).where(schema.disputes.c.escrow_id == escrow_id)
+    return int((await connection.execute(query)).scalar_one())
+
+
+async def open_disputes(
+    connection: AsyncConnection, *, limit: int, after: tuple[int, str] | None
+) -> Sequence[Any]:
+    """Disputes that wait for a decision, oldest first, from after (opened_at, escrow id)."""
+    disputes = schema.disputes
+    query = select(disputes).where(disputes.c.status == OPEN)
+    if after is not None:
+        query = query.where(tuple_(disputes.c.opened_at, disputes.c.escrow_id) > after)
+    query = query.order_by(disputes.c.opened_at, disputes.c.escrow_id).limit(limit)
+    return (await connection.execute(query)).all()
+
+
+def describe_dispute(row: Any) -> dict[str, Any]:
+    """A dispute as parties and arbiters see it."""
+    return {
+        "escrow_id": row.escrow_id,
+        "number": row.number,
+        "status": row.status,
+        "opened_by": row.opener,
+        "reason": row.reason,
+        "amount": display(row.amount),
+        "opened_at": row.opened_at,
+        "deadline": row.deadline,
+        "to_provider": display(row.to_provider),
+        "to_buyer": display(row.to_buyer),
+        "decided_at": row.decided_at,
+    }
 
 
 async def pass_time(tx: Transaction, escrow: Escrow, now: int) -> Escrow:

@@ -25,7 +25,9 @@ REDEEM_ITEMS_MAX = 1000
 _PLAIN_TOTAL = re.compile(rf"([0-9]{{1,12}})\.([0-9]{{1,{USDC.decimals}}})", re.ASCII)
 
 
-def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A validator out of a function that raises our own errors."""
+
     def run(value: Any) -> Any:
         try:
             return check(value)
@@ -41,7 +43,8 @@ def _positive(amount: Atomic) -> Atomic:
     return amount
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Refuses control characters in a text."""
     # Control characters forge log lines, and a database may refuse NUL with an error of its own.
     if not text.isprintable():
         raise ValueError("only printable characters belong here")
@@ -62,13 +65,13 @@ def _key(text: str) -> str:
 
 
 def _id(prefix: str) -> AfterValidator:
-    return AfterValidator(_checked(lambda text: ids.format_id(prefix, ids.parse_id(prefix, text))))
+    return AfterValidator(checked(lambda text: ids.format_id(prefix, ids.parse_id(prefix, text))))
 
 
-Amount = Annotated[Atomic, BeforeValidator(_checked(to_atomic))]
+Amount = Annotated[Atomic, BeforeValidator(checked(to_atomic))]
 PositiveAmount = Annotated[Amount, AfterValidator(_positive)]
-Total = Annotated[Atomic, BeforeValidator(_checked(read_total))]
-PublicKey = Annotated[str, AfterValidator(_checked(_key))]
+Total = Annotated[Atomic, BeforeValidator(checked(read_total))]
+PublicKey = Annotated[str, AfterValidator(checked(_key))]
 AgentId = Annotated[str, _id(ids.AGENT)]
 EscrowId = Annotated[str, _id(ids.ESCROW)]
 JournalId = Annotated[str, _id(ids.JOURNAL)]
@@ -85,6 +88,17 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
+<<<<<<< mine
+class NewAgent(Body):
+    """`POST /agents`."""
+
+    name: Annotated[
+        str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(printable)
+    ]
+
+
+=======
+>>>>>>> accounts
 class NewJournal(Body):
     """`PUT /journals/{id}`."""
 
@@ -101,6 +115,9 @@ class NewEscrow(Body):
     expires_in_seconds: Annotated[int, Field(ge=EXPIRES_SECONDS_MIN, le=EXPIRES_SECONDS_MAX)] = (
         EXPIRES_SECONDS_DEFAULT
     )
+<<<<<<< mine
+    memo: Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(printable)] = ""
+=======
     memo: Memo = ""
 
 
@@ -114,6 +131,7 @@ class Release(Body):
     """`POST /escrow/{id}/release`: a total, not a difference."""
 
     cumulative: Total
+>>>>>>> accounts
 
 
 class RedemptionItem(Body):

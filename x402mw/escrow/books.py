@@ -19,8 +19,23 @@ from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.escrow import modes, schema
 from x402mw.escrow.database import visiting
 from x402mw.escrow.rows import fetch_escrows
+<<<<<<< mine
+from x402mw.escrow.rules.money import balance_changes, read_payees, split_fee
+from x402mw.escrow.rules.table import Event
+from x402mw.escrow.rules.values import (
+    ENDED_STATUSES,
+    HOUSE,
+    MANUAL,
+    WORLD,
+    Escrow,
+    Transfer,
+    agent_account,
+    escrow_account,
+)
+=======
 from x402mw.escrow.rules.money import balance_changes, split_fee
 from x402mw.escrow.rules.values import ENDED_STATUSES, Escrow, Transfer, agent_account
+>>>>>>> accounts
 
 GENESIS = "0" * 64
 """The hash before the first entry."""
@@ -142,6 +157,8 @@ class Judge:
         self._posted: dict[str, int] = {}
         self._paid: dict[str | None, dict[tuple[str, str], int]] = {}
         self._last_kind: dict[str | None, str] = {}
+        self._held: dict[str, int] = {}
+        self._moved_late: set[str] = set()
         self._last_seq: dict[str, int] = {}
         self._links = False
 
@@ -166,8 +183,19 @@ class Judge:
             paid[pair] = paid.get(pair, 0) + move.amount
         for account, change in balance_changes(entry.transfers).items():
             self._posted[account] = self._posted.get(account, 0) + change
-        if entry.transfers:
-            self._last_kind[entry.escrow_id] = entry.kind
+        self._see_end(entry)
+
+    def _see_end(self, entry: Entry) -> None:
+        """What moved money last, and whether anything did once nothing was held any more."""
+        name = entry.escrow_id
+        # What a provider gives back is its own, and moves nothing of the escrow.
+        if name is None or not entry.transfers or entry.kind == Event.RETURN.value:
+            return
+        if self._held.get(name) == 0:
+            self._moved_late.add(name)
+        held = balance_changes(entry.transfers).get(escrow_account(name), 0)
+        self._held[name] = self._held.get(name, 0) + held
+        self._last_kind[name] = entry.kind
 
     def _see_link(self, entry: Entry) -> Iterator[str]:
         """Entries name the one before about their escrow; the oldest do not, and have no link."""
@@ -206,22 +234,31 @@ class Judge:
         yield from _check_escrow(escrow)
         if escrow.last_entry != self._last_seq.get(name):
             yield f"I19 {name} does not name its newest entry"
-        paid = self._paid.get(name, {})
+        paid = _join_payees(escrow, self._paid.get(name, {}))
         if paid != _owed(escrow):
             yield f"I8 {name} paid {paid}, owed {_owed(escrow)}"
-        if escrow.refunded and self._last_kind.get(name) not in ("provider_close", "deadline"):
+        if self._ended_twice(escrow):
             yield f"I9 {name} moved money after it ended"
+
+    def _ended_twice(self, escrow: Escrow) -> bool:
+        if escrow.kind == MANUAL:
+            # It ends when nothing is held; a session may be empty and go on.
+            return escrow.escrow_id in self._moved_late
+        ends = (Event.PROVIDER_CLOSE.value, Event.DEADLINE.value)
+        return escrow.refunded > 0 and self._last_kind.get(escrow.escrow_id) not in ends
 
 
 def _check_escrow(escrow: Escrow) -> Iterator[str]:
     name = escrow.escrow_id
-    amounts = (escrow.amount, escrow.released, escrow.redeemed, escrow.refunded)
-    if not all(map(_is_amount, amounts)) or escrow.remaining < 0:
+    amounts = [getattr(escrow, field) for field in _AMOUNTS]
+    if not all(map(_is_amount, amounts)) or escrow.free < 0:
         yield f"I5 {name} has amounts out of range"
     if escrow.redeemed > escrow.released:
         yield f"I5 {name} has redeemed more than was released"
+    if escrow.returned > escrow.released:
+        yield f"I5 {name} has returned more than was released"
     ended = escrow.status in ENDED_STATUSES
-    if not ended and escrow.refunded:
+    if not ended and escrow.refunded and escrow.kind != MANUAL:
         yield f"I5 {name} was refunded before it ended"
     if (escrow.fee, escrow.referral) != split_fee(
         escrow.released, escrow.fee_bps, escrow.referral_bps
@@ -229,6 +266,13 @@ def _check_escrow(escrow: Escrow) -> Iterator[str]:
         yield f"I7 {name} has the fee {escrow.fee} on {escrow.released}"
     if ended and escrow.remaining:
         yield f"I9 {name} has ended and still holds {escrow.remaining}"
+    if ended != (escrow.due_at is None):
+        yield f"I9 {name} is {escrow.status} and due at {escrow.due_at}"
+
+
+_AMOUNTS = (
+    *("amount", "released", "redeemed", "refunded", "disputed", "returned", "fee", "referral"),
+)
 
 
 def _owed(escrow: Escrow) -> dict[tuple[str, str], int]:
@@ -236,10 +280,27 @@ def _owed(escrow: Escrow) -> dict[tuple[str, str], int]:
     owed = {
         (buyer, escrow.account): escrow.amount,
         (escrow.account, provider): escrow.released - escrow.fee,
+<<<<<<< mine
+        (escrow.account, HOUSE): escrow.fee - escrow.referral,
+        (escrow.account, agent_account(escrow.referrer)): escrow.referral,
+=======
         (escrow.account, modes.house(escrow.asset)): escrow.fee,
+>>>>>>> accounts
         (escrow.account, buyer): escrow.refunded,
+        (provider, buyer): escrow.returned,
     }
     return {pair: amount for pair, amount in owed.items() if amount}
+
+
+def _join_payees(escrow: Escrow, paid: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """What was paid, with a revenue split counted as the provider's."""
+    provider = agent_account(escrow.provider)
+    payees = {agent_account(agent) for agent, _ in read_payees(escrow.payees)}
+    joined: dict[tuple[str, str], int] = {}
+    for (source, target), amount in paid.items():
+        pair = (source, provider if target in payees else target)
+        joined[pair] = joined.get(pair, 0) + amount
+    return joined
 
 
 def _is_amount(value: object) -> bool:

@@ -14,13 +14,19 @@ from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from x402mw.core.amounts import display
 from x402mw.core.errors import AmountInvalid, ConfigurationError
 from x402mw.core.strict import b64url_encode, dumps
 from x402mw.escrow import books, database, deadlines, idempotency, modes, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
+<<<<<<< mine
+from x402mw.escrow.rules.table import InvalidState, NotCovered
+from x402mw.escrow.rules.values import FAUCET, HOUSE, WORLD
+=======
 from x402mw.escrow.rules.table import InvalidState
+>>>>>>> accounts
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.thread import WriterThread
 from x402mw.escrow.transactions import Transaction
@@ -173,7 +179,7 @@ async def _answer(
     tx.actor = caller
     try:
         answer = Answer(status, _text(await operation(tx)))
-    except (Refused, InvalidState, AmountInvalid) as error:
+    except (Refused, InvalidState, NotCovered, AmountInvalid) as error:
         tx.discard()
         refusal = _refusal(error)
         answer = Answer(refusal.status, _text(refusal.problem()))
@@ -186,12 +192,16 @@ def _text(body: dict[str, Any]) -> str:
     return dumps(body).decode()
 
 
-def _refusal(error: Refused | InvalidState | AmountInvalid) -> Refused:
+def _refusal(error: Refused | InvalidState | NotCovered | AmountInvalid) -> Refused:
     """What an operation refused, as the caller is told."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, InvalidState):
         return Refused(409, "invalid_state", str(error), state=error.status)
+    if isinstance(error, NotCovered):
+        available = display(error.available)
+        detail = f"only {available} is {error.what}"
+        return Refused(409, "not_covered", detail, available=available)
     return Refused(409, "amount_out_of_range", str(error))
 
 

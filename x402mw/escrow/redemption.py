@@ -26,7 +26,7 @@ from x402mw.escrow.errors import Refused
 from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules import session
 from x402mw.escrow.rules.table import Event, InvalidState
-from x402mw.escrow.rules.values import Escrow, Phase
+from x402mw.escrow.rules.values import SESSION, Escrow, Phase
 from x402mw.escrow.sets import among
 from x402mw.escrow.transactions import Transaction
 
@@ -112,7 +112,9 @@ async def _session_keys(
     """The session keys of those escrows that the caller is the provider of."""
     escrows = schema.escrows.c
     query = select(escrows.escrow_id, escrows.session_key).where(
-        among(connection, escrows.escrow_id, sorted(wanted)), escrows.provider == caller
+        among(connection, escrows.escrow_id, sorted(wanted)),
+        escrows.provider == caller,
+        escrows.kind == SESSION,
     )
     rows = await connection.execute(query)
     return {escrow_id: b64url_decode(key, 32) for escrow_id, key in rows}

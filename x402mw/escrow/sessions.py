@@ -14,13 +14,22 @@ from x402mw.core import ids
 from x402mw.core.amounts import Atomic, display
 from x402mw.core.strict import b64url_decode
 from x402mw.core.tokens import SessionToken
+<<<<<<< mine
+from x402mw.escrow import agents, schema
+from x402mw.escrow.bodies import EXPIRES_SECONDS_MAX, NewEscrow
+=======
 from x402mw.escrow import agents, modes, schema
 from x402mw.escrow.bodies import NewEscrow
+>>>>>>> accounts
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import fetch_escrows, find_escrow
 from x402mw.escrow.rules import session
 from x402mw.escrow.rules.table import Event
+<<<<<<< mine
+from x402mw.escrow.rules.values import SESSION, Escrow, agent_account
+=======
 from x402mw.escrow.rules.values import Escrow
+>>>>>>> accounts
 from x402mw.escrow.transactions import Transaction
 
 
@@ -38,6 +47,7 @@ def describe(escrow: Escrow) -> dict[str, Any]:
         "released": display(escrow.released),
         "redeemed": display(escrow.redeemed),
         "refunded": display(escrow.refunded),
+        "returned": display(escrow.returned),
         "remaining": display(escrow.remaining),
         "fee": display(escrow.fee),
         "session_key": escrow.session_key,
@@ -67,11 +77,42 @@ async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]
         created_at=tx.now,
         expires_at=tx.now + wish.expires_in_seconds,
     )
+<<<<<<< mine
+    await check_funds(tx, buyer, wish.amount)
+=======
     await agents.check_funds(tx, buyer, wish.amount)
+>>>>>>> accounts
     locked, token = await _issue(tx, session.top_up(empty, wish.amount))
     return {**describe(tx.save(empty, locked, "lock")), "token": token}
 
 
+<<<<<<< mine
+async def check_lock(tx: Transaction, buyer: str, provider: str, amount: Atomic) -> None:
+    """Refuses a lock that is too small, or whose provider is nobody else."""
+    if amount < tx.settings.min_escrow:
+        least = display(tx.settings.min_escrow)
+        raise Refused(422, "below_minimum", f"an escrow locks at least {least}", minimum=least)
+    if provider == buyer:
+        raise Refused(422, "self_payment", "buyer and provider must be two agents")
+    if not await agents.exists(tx, provider):
+        raise Refused(404, "unknown_agent", "there is no agent to_agent_id")
+
+
+async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> None:
+    await check_lock(tx, buyer, wish.to_agent_id, wish.amount)
+    journal = await agents.find_journal(tx.connection, wish.journal)
+    if journal is None or journal.agent_id != wish.to_agent_id:
+        raise Refused(404, "unknown_journal", "to_agent_id has not registered this journal")
+
+
+async def check_funds(tx: Transaction, buyer: str, amount: Atomic) -> None:
+    """Refuses what an agent's balance does not suffice for."""
+    balance = await balance_of(tx.connection, agent_account(buyer))
+    if balance < amount:
+        raise Refused(
+            409, "insufficient_funds", "your balance does not suffice", balance=display(balance)
+        )
+=======
 async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> str:
     """The asset that they trade in."""
     if wish.to_agent_id == buyer:
@@ -85,6 +126,7 @@ async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> str:
     if journal is None or journal.agent_id != wish.to_agent_id:
         raise Refused(404, "unknown_journal", "to_agent_id has not registered this journal")
     return asset
+>>>>>>> accounts
 
 
 async def _issue(tx: Transaction, escrow: Escrow) -> tuple[Escrow, str]:
@@ -125,9 +167,23 @@ async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -
     """Locks more in an open session, and issues a token that says so."""
     before = await _as_buyer(tx, caller, escrow_id)
     grown = session.top_up(before, amount)
+<<<<<<< mine
+    await check_funds(tx, caller, amount)
+=======
     await agents.check_funds(tx, caller, amount)
+>>>>>>> accounts
     after, token = await _issue(tx, grown)
     return {**describe(tx.save(before, after, Event.TOP_UP.value)), "token": token}
+
+
+async def extend(tx: Transaction, caller: str, escrow_id: str, seconds: int) -> dict[str, Any]:
+    """Ends an open session so much later; never more than a year from now."""
+    before = await _as_buyer(tx, caller, escrow_id)
+    expires_at = before.expires_at + seconds
+    after = session.extend(before, expires_at)
+    if expires_at > tx.now + EXPIRES_SECONDS_MAX:
+        raise Refused(422, "invalid_request", "a session ends within a year")
+    return _keep(tx, before, after, Event.EXTEND)
 
 
 async def release(
@@ -158,6 +214,8 @@ def _keep(tx: Transaction, before: Escrow, after: Escrow, event: Event) -> dict[
 
 async def _as_buyer(tx: Transaction, caller: str, escrow_id: str) -> Escrow:
     escrow = await as_party(tx.connection, caller, escrow_id)
+    if escrow.kind != SESSION:
+        raise Refused(409, "wrong_kind", "a manual escrow has no tokens and no vouchers")
     if caller != escrow.buyer:
         raise Refused(403, "not_the_buyer", "only the buyer of this escrow may do that")
     return escrow

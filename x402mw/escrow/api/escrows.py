@@ -3,12 +3,18 @@
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from x402mw.core import ids
+<<<<<<< mine
+from x402mw.core.amounts import ZERO, atomic
+from x402mw.core.strict import dumps
+from x402mw.escrow import bodies, manual, manual_bodies, redemption, sessions, web
+=======
 from x402mw.core.amounts import ZERO
 from x402mw.escrow import bodies, redemption, sessions, web
 from x402mw.escrow.access import PROVIDE, READ, SPEND
+>>>>>>> accounts
 from x402mw.escrow.api.redemption import judge
 from x402mw.escrow.api.shared import (
     PAGE_ITEMS,
@@ -17,17 +23,23 @@ from x402mw.escrow.api.shared import (
     change,
     find_caller,
     find_ledger,
+    on_escrow,
     path_id,
+    respond,
 )
 from x402mw.escrow.errors import Refused
+from x402mw.escrow.idempotency import Answer
 from x402mw.escrow.ledger import Ledger, Operation
-from x402mw.escrow.rules.values import STATUSES
+from x402mw.escrow.rules.values import MANUAL, STATUSES
 from x402mw.escrow.transactions import Transaction
 
 
 async def create_escrow(request: Request) -> Response:
-    """POST /escrow."""
-    return await change(request, bodies.NewEscrow, sessions.create, status=201)
+    """POST /escrow: a session if it brings a session key, else a manual one."""
+    value = await web.read_body(request)
+    if "session_key" in value or "journal" in value:
+        return await change(request, bodies.NewEscrow, sessions.create, status=201, value=value)
+    return await change(request, manual_bodies.NewManual, manual.create, status=201, value=value)
 
 
 async def list_escrows(request: Request) -> Response:
@@ -42,7 +54,7 @@ async def list_escrows(request: Request) -> Response:
         page = await sessions.show_all(
             connection, caller, role=role, status=status, limit=max(limit, 1), after=after
         )
-    return JSONResponse(page)
+    return respond(request, Answer(200, dumps(page).decode()))
 
 
 async def show_escrow(request: Request) -> Response:
@@ -52,7 +64,8 @@ async def show_escrow(request: Request) -> Response:
     await ledger.refresh(caller)
     async with ledger.read() as connection:
         escrow = await sessions.as_party(connection, caller, escrow_id)
-    return JSONResponse(sessions.describe(escrow))
+        shown = await manual.show(connection, escrow)
+    return respond(request, Answer(200, dumps(shown).decode()))
 
 
 async def renew_token(request: Request) -> Response:
@@ -63,27 +76,43 @@ async def renew_token(request: Request) -> Response:
     answer = await find_ledger(request).perform(
         lambda tx: sessions.renew_token(tx, caller, escrow_id), caller=caller
     )
-    return web.respond(answer)
+    return respond(request, answer)
 
 
-async def top_up(request: Request) -> Response:
-    """POST /escrow/{id}/topup."""
-    escrow_id = path_id(request, "escrow_id", ids.ESCROW)
-
-    async def grow(tx: Transaction, caller: str, body: bodies.TopUp) -> dict[str, Any]:
-        return await sessions.top_up(tx, caller, escrow_id, body.amount)
-
-    return await change(request, bodies.TopUp, grow)
+# What both kinds know, each in its own way.
 
 
-async def release(request: Request) -> Response:
-    """POST /escrow/{id}/release."""
-    escrow_id = path_id(request, "escrow_id", ids.ESCROW)
+async def _top_up(
+    tx: Transaction, caller: str, escrow_id: str, body: manual_bodies.Grow
+) -> dict[str, Any]:
+    """Locks more."""
+    if await _is_manual(tx, caller, escrow_id):
+        return await manual.top_up(tx, caller, escrow_id, body.amount)
+    return await sessions.top_up(tx, caller, escrow_id, body.amount)
 
-    async def pay_out(tx: Transaction, caller: str, body: bodies.Release) -> dict[str, Any]:
-        return await sessions.release(tx, caller, escrow_id, body.cumulative)
 
-    return await change(request, bodies.Release, pay_out)
+async def _release(
+    tx: Transaction, caller: str, escrow_id: str, body: manual_bodies.Pay
+) -> dict[str, Any]:
+    """Pays out by hand."""
+    if await _is_manual(tx, caller, escrow_id):
+        return await manual.release(tx, caller, escrow_id, body)
+    if body.cumulative is None:
+        raise Refused(422, "invalid_request", "a session is released up to a total: cumulative")
+    return await sessions.release(tx, caller, escrow_id, atomic(body.cumulative // 1))
+
+
+async def _extend(
+    tx: Transaction, caller: str, escrow_id: str, body: manual_bodies.Extension
+) -> dict[str, Any]:
+    """Ends it later."""
+    if await _is_manual(tx, caller, escrow_id):
+        return await manual.extend(tx, caller, escrow_id, body.seconds)
+    return await sessions.extend(tx, caller, escrow_id, body.seconds)
+
+
+async def _is_manual(tx: Transaction, caller: str, escrow_id: str) -> bool:
+    return (await sessions.as_party(tx.connection, caller, escrow_id)).kind == MANUAL
 
 
 async def close(request: Request) -> Response:
@@ -96,7 +125,7 @@ async def close(request: Request) -> Response:
         raise Refused(422, "invalid_request", "a voucher comes with the amount to redeem")
     operation = await _closing(ledger, caller, escrow_id, body)
     key = web.idempotency_key(request, caller, value)
-    return web.respond(await ledger.perform(operation, caller=caller, key=key))
+    return respond(request, await ledger.perform(operation, caller=caller, key=key))
 
 
 async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Close) -> Operation:
@@ -108,6 +137,8 @@ async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Clo
 
     async def close_for(tx: Transaction) -> dict[str, Any]:
         escrow = await sessions.as_party(tx.connection, caller, escrow_id)
+        if escrow.kind == MANUAL:
+            return await manual.close(tx, caller, escrow)
         if caller == escrow.provider:
             proven = redemption.proven_by(judged[0], escrow_id)
             return sessions.close_as_provider(tx, escrow, proven)
@@ -119,6 +150,17 @@ async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Clo
 
 
 ROUTES: Routes = (
+<<<<<<< mine
+    ("POST", "/escrow", create_escrow),
+    ("GET", "/escrow", list_escrows),
+    ("GET", "/escrow/{escrow_id}", show_escrow),
+    ("POST", "/escrow/{escrow_id}/token", renew_token),
+    ("POST", "/escrow/{escrow_id}/topup", on_escrow(manual_bodies.Grow, _top_up)),
+    ("POST", "/escrow/{escrow_id}/extend", on_escrow(manual_bodies.Extension, _extend)),
+    ("POST", "/escrow/{escrow_id}/release", on_escrow(manual_bodies.Pay, _release)),
+    ("POST", "/escrow/{escrow_id}/release-partial", on_escrow(manual_bodies.PayPart, _release)),
+    ("POST", "/escrow/{escrow_id}/close", close),
+=======
     ("POST", "/escrow", SPEND, create_escrow),
     ("GET", "/escrow", READ, list_escrows),
     ("GET", "/escrow/{escrow_id}", READ, show_escrow),
@@ -126,4 +168,5 @@ ROUTES: Routes = (
     ("POST", "/escrow/{escrow_id}/topup", SPEND, top_up),
     ("POST", "/escrow/{escrow_id}/release", SPEND, release),
     ("POST", "/escrow/{escrow_id}/close", f"{SPEND} {PROVIDE}", close),
+>>>>>>> accounts
 )

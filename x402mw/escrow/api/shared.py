@@ -9,9 +9,16 @@ from starlette.responses import Response
 
 from x402mw.core import ids
 from x402mw.core.errors import Malformed
+<<<<<<< mine
+from x402mw.escrow import agents, web
+from x402mw.escrow.api import dialects
+from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.idempotency import Answer
+=======
 from x402mw.escrow import access, web
 from x402mw.escrow.access import Principal
 from x402mw.escrow.errors import not_found
+>>>>>>> accounts
 from x402mw.escrow.ledger import Ledger
 from x402mw.escrow.transactions import Transaction
 
@@ -92,14 +99,40 @@ async def change(
     operation: Callable[[Transaction, str, web.Model], Awaitable[dict[str, Any]]],
     *,
     status: int = 200,
+    value: dict[str, Any] | None = None,
 ) -> Response:
-    """Runs one operation of the caller on a parsed body, once per idempotency key."""
+    """Runs one operation of the caller on a parsed body, once per idempotency key.
+
+    `value` is the body if it was read before.
+    """
     caller = await find_caller(request)
-    value = await web.read_body(request)
+    if value is None:
+        value = await web.read_body(request)
     body = web.parse(model, value)
     key = web.idempotency_key(request, caller, value)
     ledger = find_ledger(request)
     answer = await ledger.perform(
         lambda tx: operation(tx, caller, body), caller=caller, key=key, status=status
     )
-    return web.respond(answer)
+    return respond(request, answer)
+
+
+def respond(request: Request, answer: Answer) -> Response:
+    """Writes a ledger's answer in the dialect of the request."""
+    return web.respond(dialects.speak(request, answer))
+
+
+def on_escrow(
+    model: type[web.Model],
+    operation: Callable[[Transaction, str, str, web.Model], Awaitable[dict[str, Any]]],
+) -> Endpoint:
+    """An endpoint that does one operation on the escrow of its path."""
+
+    async def endpoint(request: Request) -> Response:
+        escrow_id = path_id(request, "escrow_id", ids.ESCROW)
+        return await change(
+            request, model, lambda tx, caller, body: operation(tx, caller, escrow_id, body)
+        )
+
+    endpoint.__name__, endpoint.__doc__ = operation.__name__, operation.__doc__
+    return endpoint

@@ -232,6 +232,11 @@ def dispute(
     return _happen(agreement._replace(dispute=opened), Event.DISPUTE, disputed=amount)
 
 
+def check_evidence(agreement: Agreement) -> None:
+    """Refuses evidence where nothing is disputed."""
+    table.check(agreement.escrow, Event.EVIDENCE)
+
+
 def withdraw(agreement: Agreement, now: int) -> Agreement:
     """The opener takes a dispute back; the clock of its part goes on where it stood."""
     table.check(agreement.escrow, Event.WITHDRAW)

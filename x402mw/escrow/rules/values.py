@@ -97,7 +97,7 @@ class Escrow(NamedTuple):
     @property
     def account(self) -> str:
         """The account that holds this escrow's money."""
-        return f"escrow:{self.escrow_id}"
+        return escrow_account(self.escrow_id)
 
     @property
     def phase(self) -> Phase:
@@ -119,6 +119,11 @@ class Transfer(NamedTuple):
     source: str
     target: str
     amount: Atomic
+
+
+def escrow_account(escrow_id: str) -> str:
+    """Names the account that holds an escrow's money."""
+    return f"escrow:{escrow_id}"
 
 
 def agent_account(agent_id: str) -> str:

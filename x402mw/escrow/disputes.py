@@ -1,0 +1,111 @@
+"""Disputes of manual escrows: opened by a party, decided by an arbiter, or by time.
+
+`docs/disputes.md` is the playbook. Rules: `rules/manual.py` and `docs/money.md` 5.
+"""
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from x402mw.escrow import agreements, deadlines, manual_bodies, schema
+from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.manual import Answer, find_part, keep, load, show
+from x402mw.escrow.rows import find_escrow
+from x402mw.escrow.rules import manual, money
+from x402mw.escrow.rules.table import Event, InvalidState
+from x402mw.escrow.rules.values import MANUAL
+from x402mw.escrow.transactions import Transaction
+
+DISPUTE_SECONDS = 7 * 24 * 60 * 60
+EVIDENCE_MAX = 100
+
+
+async def dispute(
+    tx: Transaction, caller: str, escrow_id: str, wish: manual_bodies.NewDispute
+) -> Answer:
+    """Holds an amount back until an arbiter decides."""
+    before = await load(tx, caller, escrow_id)
+    part = None if wish.milestone is None else find_part(before, wish.milestone).number
+    after = manual.dispute(
+        before,
+        caller,
+        number=await agreements.count_disputes(tx.connection, escrow_id) + 1,
+        part=part,
+        amount=wish.amount,
+        now=tx.now,
+        deadline=tx.now + DISPUTE_SECONDS,
+    )
+    answer = await keep(tx, before, after, Event.DISPUTE, reason=wish.reason)
+    if wish.evidence and after.dispute is not None:
+        await _add_evidence(tx, caller, escrow_id, after.dispute.number, wish.evidence)
+    return answer
+
+
+async def add_evidence(
+    tx: Transaction, caller: str, escrow_id: str, wish: manual_bodies.Evidence
+) -> Answer:
+    """Adds what a party has to say to the open dispute."""
+    before = await load(tx, caller, escrow_id)
+    manual.check_evidence(before)
+    if before.dispute is None:
+        raise InvalidState(before.escrow.status, Event.EVIDENCE)
+    await _add_evidence(tx, caller, escrow_id, before.dispute.number, wish.content)
+    kept = await agreements.keep(tx, before, before, Event.EVIDENCE)
+    return await show(tx.connection, kept.escrow, kept)
+
+
+async def _add_evidence(
+    tx: Transaction, caller: str, escrow_id: str, number: int, content: str
+) -> None:
+    table = schema.evidence
+    query = select(func.count()).where(table.c.escrow_id == escrow_id, table.c.number == number)
+    line = int((await tx.connection.execute(query)).scalar_one())
+    if line >= EVIDENCE_MAX:
+        raise Refused(409, "too_much_evidence", f"a dispute takes {EVIDENCE_MAX} statements")
+    await tx.insert(
+        table,
+        {
+            "escrow_id": escrow_id,
+            "number": number,
+            "line": line + 1,
+            "agent_id": caller,
+            "content": content,
+            "created_at": tx.now,
+        },
+    )
+
+
+async def withdraw(tx: Transaction, caller: str, escrow_id: str) -> Answer:
+    """Takes a dispute back; only who opened it may."""
+    before = await load(tx, caller, escrow_id)
+    after = manual.withdraw(before, tx.now)
+    if before.dispute is not None and before.dispute.opener != caller:
+        raise Refused(403, "not_the_opener", "only the party that opened the dispute may do that")
+    return await keep(tx, before, after, Event.WITHDRAW)
+
+
+async def resolve(
+    tx: Transaction, arbiter: str, escrow_id: str, wish: manual_bodies.Decision
+) -> Answer:
+    """Decides a dispute; the arbiter is no party of it."""
+    await deadlines.apply_to_one(tx, escrow_id)
+    escrow = await find_escrow(tx.connection, escrow_id)
+    if escrow is None or escrow.kind != MANUAL:
+        raise not_found()
+    payees = [payee for payee, _ in money.read_payees(escrow.payees)]
+    if arbiter in (escrow.buyer, escrow.provider, *payees):
+        raise Refused(403, "arbiter_is_party", "an arbiter decides between others")
+    before = await agreements.load(tx.connection, escrow)
+    after = manual.resolve(before, wish.to_provider, wish.to_buyer)
+    return await keep(tx, before, after, Event.RESOLVE, reason=wish.reason, arbiter=arbiter)
+
+
+async def show_all(
+    connection: AsyncConnection, *, limit: int, after: tuple[int, str] | None
+) -> Answer:
+    """A page of open disputes, oldest first, for arbiters."""
+    rows = await agreements.open_disputes(connection, limit=limit + 1, after=after)
+    last = rows[limit - 1] if len(rows) > limit else None
+    return {
+        "items": [agreements.describe_dispute(row) for row in rows[:limit]],
+        "next": None if last is None else f"{last.opened_at}.{last.escrow_id}",
+    }
