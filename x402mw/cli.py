@@ -8,15 +8,17 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 try:
     import typer
 except ImportError:  # pragma: no cover (needs an environment without the extra)
     sys.exit('the x402mw command needs its extras: pip install "x402mw[demo]"')
 
+from x402mw import cli_audit
+from x402mw.cli_shared import DATABASE, Database, check_exists, fail, run
 from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import X402mwError
 from x402mw.core.strict import b64url_encode
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from x402mw.escrow.ledger import Ledger
 
 ROOT_KEY_VARIABLE = "X402MW_ROOT_KEY"
-DATABASE_VARIABLE = "X402MW_ESCROW_DB"
-DATABASE = "x402mw-escrow.db"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,15 +39,8 @@ app = typer.Typer(
 )
 escrow = typer.Typer(no_args_is_help=True, help="Runs and audits an escrow service.")
 app.add_typer(escrow, name="escrow")
+app.add_typer(cli_audit.app, name="audit")
 
-Database = Annotated[
-    str,
-    typer.Option(
-        "--db",
-        envvar=DATABASE_VARIABLE,
-        help="A SQLite file, or postgresql://user:password@host/name.",
-    ),
-]
 Result = TypeVar("Result")
 
 
@@ -56,12 +49,7 @@ def main() -> None:
     try:
         app()
     except X402mwError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"x402mw: {message}", err=True)
-    raise SystemExit(1)
+        fail(str(error))
 
 
 @escrow.command()
@@ -97,11 +85,11 @@ def serve(
         faucet_claims_per_source=faucet_per_source,
     )
     # Opened once before anyone is served, so that what is wrong with it is told in one line.
-    _run(lambda: _open_once(settings))
+    run(lambda: _open_once(settings))
     try:
         sock = server.bind(host, port)
     except OSError as error:
-        _fail(f"cannot listen on {host} port {port}: {error.strerror}")
+        fail(f"cannot listen on {host} port {port}: {error.strerror}")
 
     def announce() -> None:
         print(f"X402MW_ESCROW={server.url_of(sock)}", flush=True)  # noqa: T201
@@ -109,7 +97,7 @@ def serve(
         print(f"X402MW_ESCROW_ROOT={root_key}", flush=True)  # noqa: T201
 
     if not server.run(create_app(settings), sock, announce, trusted_proxies):
-        _fail("the escrow did not start")
+        fail("the escrow did not start")
 
 
 async def _open_once(settings: Settings) -> None:
@@ -145,8 +133,8 @@ def check(db: Database = DATABASE) -> None:
     """Prove a whole database: balances, fees, every escrow, the hash chain."""
     from x402mw.escrow.books import audit
 
-    _check_exists(db)
-    violations = _run(lambda: audit(db))
+    check_exists(db)
+    violations = run(lambda: audit(db))
     for violation in violations:
         typer.echo(violation)
     if violations:
@@ -165,34 +153,15 @@ def _with_ledger(db: str, use: "Callable[[Ledger], Awaitable[Result]]") -> Resul
     """Opens an existing database beside the service, uses it and lets go of it."""
     from x402mw.escrow.ledger import find_network, visit_ledger
 
-    _check_exists(db)
+    check_exists(db)
     root_seed = _root_seed(db, may_create=False)
 
-    async def run() -> Result:
+    async def visit() -> Result:
         settings = Settings(db, root_seed, network=await find_network(db))
         async with visit_ledger(settings, time.time) as ledger:
             return await use(ledger)
 
-    return _run(run)
-
-
-def _check_exists(db: str) -> None:
-    from x402mw.escrow.database import database_file
-
-    file = database_file(db)
-    if file is not None and not file.exists():
-        _fail(f"there is no database {file}")
-
-
-def _run(work: Callable[[], Coroutine[None, None, Result]]) -> Result:
-    """Runs work on a database; what the database objects to is one line."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        return asyncio.run(work())
-    except (OSError, SQLAlchemyError) as error:
-        reason = str(getattr(error, "orig", error)).partition("\n")[0]
-        _fail(f"the database cannot be used: {reason}")
+    return run(visit)
 
 
 def _root_seed(db: str, *, may_create: bool) -> bytes:
@@ -224,11 +193,11 @@ def register(
             open_key_set(keys["key_set"], b64url_decode(keys["root_key"], 32))
             agent = http.post(f"{base}/api/v1/agents", json={"name": name}).json()
             if "detail" in agent:
-                _fail(f"{base} refused: {agent['detail']}")
+                fail(f"{base} refused: {agent['detail']}")
             api_key, agent_id = agent["api_key"], agent["agent_id"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        _fail(f"{base} did not answer as an escrow: {reason}")
+        fail(f"{base} did not answer as an escrow: {reason}")
     typer.echo(f"X402MW_ESCROW={base}")
     typer.echo(f"X402MW_AGENT={agent_id}")
     typer.echo(f"X402MW_API_KEY={api_key}")
@@ -268,7 +237,7 @@ def doctor(
     try:
         diagnosis = asyncio.run(run())
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        _fail(f"{url} is no URL that can be asked: {error}")
+        fail(f"{url} is no URL that can be asked: {error}")
     if as_json:
         typer.echo(json.dumps(diagnosis.as_json(), indent=2))
     else:

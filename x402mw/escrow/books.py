@@ -81,14 +81,24 @@ class Chained:
     hash: str
 
 
+def entry_text(entry: Entry) -> str:
+    """What the hash of an entry covers, as JSON.
+
+    A tuple is written as a list: [seq, ..., [[source, target, amount], ...], actor, data, before],
+    without the last three if there are none of them, as it was before there could be.
+    """
+    return _ENCODER.encode(entry[:_PLAIN] if entry.plain else entry)
+
+
 def hash_entry(entry: Entry, previous_hash: str) -> str:
     """Chains an entry to the one before: hex SHA-256 over that hash and all that it says."""
-    # JSON writes a tuple as a list: [seq, ..., [[source, target, amount], ...], actor, data, ...],
-    # without the last three if there are none of them, as it was before there could be.
-    plain = entry.plain
-    text = _ENCODER.encode(entry[:_PLAIN] if plain else entry).encode()
+    return hash_text(entry_text(entry), previous_hash, plain=entry.plain)
+
+
+def hash_text(text: str, previous_hash: str, *, plain: bool) -> str:
+    """The same for the text of an entry."""
     tag = _TAG if plain else _SPEAKING_TAG
-    return hashlib.sha256(tag + bytes.fromhex(previous_hash) + text).hexdigest()
+    return hashlib.sha256(tag + bytes.fromhex(previous_hash) + text.encode()).hexdigest()
 
 
 def write_data(data: Mapping[str, Any]) -> str:
@@ -115,7 +125,7 @@ async def check(connection: AsyncConnection) -> list[str]:
         {row.account: row.balance for row in rows}, {row.account: row.asset for row in rows}
     )
     violations: list[str] = []
-    async for chained in _read_entries(connection):
+    async for chained in read_entries(connection):
         violations += judge.see(chained)
     violations += judge.see_all_entries(service.entry_seq, service.entry_hash)
     for escrow in await fetch_escrows(connection, select(schema.escrows)):
@@ -123,11 +133,12 @@ async def check(connection: AsyncConnection) -> list[str]:
     return violations
 
 
-async def _read_entries(connection: AsyncConnection) -> AsyncIterator[Chained]:
+async def read_entries(connection: AsyncConnection, since: int = 0) -> AsyncIterator[Chained]:
+    """Every entry after `since`, in order."""
     entries, postings = schema.entries, schema.postings
     query = select(entries, postings.c.source, postings.c.target, postings.c.amount)
     query = query.select_from(entries.outerjoin(postings, postings.c.seq == entries.c.seq))
-    query = query.order_by(entries.c.seq, postings.c.line)
+    query = query.where(entries.c.seq > since).order_by(entries.c.seq, postings.c.line)
     lines: list[Any] = []
     async for row in await connection.stream(query):
         if lines and lines[0].seq != row.seq:
