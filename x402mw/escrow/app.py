@@ -13,28 +13,20 @@ from starlette.routing import BaseRoute, Route
 
 from x402mw.core.telemetry import Telemetry
 from x402mw.escrow import web
-<<<<<<< mine
-from x402mw.escrow.api import agents, escrows, manual, redemption, service
+from x402mw.escrow.api import admin, agents, escrows, keys, manual, redemption, service, transfers
 from x402mw.escrow.api.dialects import BASES
-=======
-from x402mw.escrow.api import admin, agents, escrows, keys, redemption, service, transfers
 from x402mw.escrow.api.shared import Routes, guard
->>>>>>> accounts
 from x402mw.escrow.deadlines import HEARTBEAT_SECONDS
 from x402mw.escrow.ledger import Clock, Ledger, open_ledger
 from x402mw.escrow.observing import Observed
 from x402mw.escrow.settings import Settings
 
-<<<<<<< mine
-=======
-API = "/api/v1"
 ROUTES: Routes = (
-    *(*agents.ROUTES, *keys.ROUTES, *transfers.ROUTES),
-    *(*escrows.ROUTES, *redemption.ROUTES, *admin.ROUTES),
+    *(*agents.ROUTES, *keys.ROUTES, *transfers.ROUTES, *escrows.ROUTES),
+    *(*manual.ROUTES, *redemption.ROUTES, *admin.ROUTES),
 )
-"""All below the base path."""
+"""All below each base path."""
 
->>>>>>> accounts
 _log = logging.getLogger("x402mw.escrow")
 
 
@@ -84,19 +76,9 @@ async def _sweep_forever(ledger: Ledger) -> None:
 
 
 def _routes() -> list[BaseRoute]:
-<<<<<<< mine
-    api = (*agents.ROUTES, *escrows.ROUTES, *manual.ROUTES, *redemption.ROUTES)
-    return [
-        *(Route(path, endpoint, methods=[method]) for method, path, endpoint in service.ROUTES),
-        *(
-            Route(base + path, endpoint, methods=[method])
-            for base in BASES
-            for method, path, endpoint in api
-        ),
-=======
+    bases = [("", service.ROUTES), *((base, ROUTES) for base in BASES)]
     return [
         Route(base + path, guard(scopes, endpoint), methods=[method])
-        for base, routes in (("", service.ROUTES), (API, ROUTES))
+        for base, routes in bases
         for method, path, scopes, endpoint in routes
->>>>>>> accounts
     ]

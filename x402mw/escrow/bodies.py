@@ -76,9 +76,9 @@ AgentId = Annotated[str, _id(ids.AGENT)]
 EscrowId = Annotated[str, _id(ids.ESCROW)]
 JournalId = Annotated[str, _id(ids.JOURNAL)]
 Name = Annotated[
-    str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(_printable)
+    str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(printable)
 ]
-Memo = Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(_printable)]
+Memo = Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(printable)]
 Serial = Annotated[int, Field(ge=0, le=AMOUNT_MAX)]
 
 
@@ -88,17 +88,6 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-<<<<<<< mine
-class NewAgent(Body):
-    """`POST /agents`."""
-
-    name: Annotated[
-        str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(printable)
-    ]
-
-
-=======
->>>>>>> accounts
 class NewJournal(Body):
     """`PUT /journals/{id}`."""
 
@@ -115,23 +104,7 @@ class NewEscrow(Body):
     expires_in_seconds: Annotated[int, Field(ge=EXPIRES_SECONDS_MIN, le=EXPIRES_SECONDS_MAX)] = (
         EXPIRES_SECONDS_DEFAULT
     )
-<<<<<<< mine
-    memo: Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(printable)] = ""
-=======
     memo: Memo = ""
-
-
-class TopUp(Body):
-    """`POST /escrow/{id}/topup`."""
-
-    amount: PositiveAmount
-
-
-class Release(Body):
-    """`POST /escrow/{id}/release`: a total, not a difference."""
-
-    cumulative: Total
->>>>>>> accounts
 
 
 class RedemptionItem(Body):

@@ -19,23 +19,16 @@ from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.escrow import modes, schema
 from x402mw.escrow.database import visiting
 from x402mw.escrow.rows import fetch_escrows
-<<<<<<< mine
 from x402mw.escrow.rules.money import balance_changes, read_payees, split_fee
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import (
     ENDED_STATUSES,
-    HOUSE,
     MANUAL,
-    WORLD,
     Escrow,
     Transfer,
     agent_account,
     escrow_account,
 )
-=======
-from x402mw.escrow.rules.money import balance_changes, split_fee
-from x402mw.escrow.rules.values import ENDED_STATUSES, Escrow, Transfer, agent_account
->>>>>>> accounts
 
 GENESIS = "0" * 64
 """The hash before the first entry."""
@@ -291,12 +284,8 @@ def _owed(escrow: Escrow) -> dict[tuple[str, str], int]:
     owed = {
         (buyer, escrow.account): escrow.amount,
         (escrow.account, provider): escrow.released - escrow.fee,
-<<<<<<< mine
-        (escrow.account, HOUSE): escrow.fee - escrow.referral,
+        (escrow.account, modes.house(escrow.asset)): escrow.fee - escrow.referral,
         (escrow.account, agent_account(escrow.referrer)): escrow.referral,
-=======
-        (escrow.account, modes.house(escrow.asset)): escrow.fee,
->>>>>>> accounts
         (escrow.account, buyer): escrow.refunded,
         (provider, buyer): escrow.returned,
     }

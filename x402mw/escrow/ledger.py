@@ -21,12 +21,7 @@ from x402mw.escrow import books, database, deadlines, idempotency, modes, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
-<<<<<<< mine
 from x402mw.escrow.rules.table import InvalidState, NotCovered
-from x402mw.escrow.rules.values import FAUCET, HOUSE, WORLD
-=======
-from x402mw.escrow.rules.table import InvalidState
->>>>>>> accounts
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.thread import WriterThread
 from x402mw.escrow.transactions import Transaction

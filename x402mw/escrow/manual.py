@@ -25,7 +25,7 @@ from x402mw.escrow.rules import manual, money
 from x402mw.escrow.rules.manual import WHOLE, Agreement, Part
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import MANUAL, Escrow, Phase, new_escrow
-from x402mw.escrow.sessions import as_party, check_funds, check_lock, describe
+from x402mw.escrow.sessions import as_party, check_lock, describe
 from x402mw.escrow.transactions import Transaction
 
 _OUTCOME_TAG = b"x402mw/outcome\x00\x01"
@@ -40,7 +40,7 @@ Change = Callable[[Agreement], Agreement]
 
 async def create(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> Answer:
     """Locks a buyer's money for one provider, to be released by hand."""
-    await check_lock(tx, buyer, wish.to_agent_id, wish.amount)
+    asset = await check_lock(tx, buyer, wish.to_agent_id, wish.amount)
     await _check_payees(tx, buyer, wish)
     empty = Agreement(
         escrow=new_escrow(
@@ -48,7 +48,7 @@ async def create(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> 
             kind=MANUAL,
             buyer=buyer,
             provider=wish.to_agent_id,
-            asset=tx.settings.asset.code,
+            asset=asset,
             fee_bps=tx.settings.fee_bps,
             payees=_write_payees(wish),
             memo=wish.memo,
@@ -59,7 +59,7 @@ async def create(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> 
         parts=_parts(wish),
         review_seconds=wish.review_seconds,
     )
-    await check_funds(tx, buyer, wish.amount)
+    await agents.check_funds(tx, buyer, wish.amount)
     locked = manual.top_up(empty, wish.amount)
     escrow = await agreements.create(tx, empty, locked, _write_condition(wish.condition))
     return await show(tx.connection, escrow)
@@ -69,8 +69,7 @@ async def _check_payees(tx: Transaction, buyer: str, wish: manual_bodies.NewManu
     for payee in wish.payees:
         if payee.agent_id == buyer:
             raise Refused(422, "self_payment", "the buyer cannot be one of the payees")
-        if not await agents.exists(tx, payee.agent_id):
-            raise Refused(404, "unknown_agent", "there is no agent of a payee's agent_id")
+        await agents.meet(tx, buyer, payee.agent_id)
 
 
 def _write_payees(wish: manual_bodies.NewManual) -> str:
@@ -104,7 +103,7 @@ async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -
     before = await as_buyer(tx, caller, escrow_id)
     grown = manual.top_up(before, amount)
     _check_time(tx, before, Event.TOP_UP)
-    await check_funds(tx, caller, amount)
+    await agents.check_funds(tx, caller, amount)
     return await keep(tx, before, grown, Event.TOP_UP)
 
 
@@ -249,7 +248,7 @@ async def give_money_back(tx: Transaction, caller: str, escrow_id: str, amount: 
     if caller != escrow.provider:
         raise Refused(403, "not_the_provider", "only the provider of this escrow may do that")
     after = money.give_money_back(escrow, amount)
-    await check_funds(tx, caller, amount)
+    await agents.check_funds(tx, caller, amount)
     return await show(tx.connection, tx.save(escrow, after, Event.RETURN.value))
 
 

@@ -14,22 +14,13 @@ from x402mw.core import ids
 from x402mw.core.amounts import Atomic, display
 from x402mw.core.strict import b64url_decode
 from x402mw.core.tokens import SessionToken
-<<<<<<< mine
-from x402mw.escrow import agents, schema
-from x402mw.escrow.bodies import EXPIRES_SECONDS_MAX, NewEscrow
-=======
 from x402mw.escrow import agents, modes, schema
-from x402mw.escrow.bodies import NewEscrow
->>>>>>> accounts
+from x402mw.escrow.bodies import EXPIRES_SECONDS_MAX, NewEscrow
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import fetch_escrows, find_escrow
 from x402mw.escrow.rules import session
 from x402mw.escrow.rules.table import Event
-<<<<<<< mine
-from x402mw.escrow.rules.values import SESSION, Escrow, agent_account
-=======
-from x402mw.escrow.rules.values import Escrow
->>>>>>> accounts
+from x402mw.escrow.rules.values import SESSION, Escrow
 from x402mw.escrow.transactions import Transaction
 
 
@@ -77,56 +68,29 @@ async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]
         created_at=tx.now,
         expires_at=tx.now + wish.expires_in_seconds,
     )
-<<<<<<< mine
-    await check_funds(tx, buyer, wish.amount)
-=======
     await agents.check_funds(tx, buyer, wish.amount)
->>>>>>> accounts
     locked, token = await _issue(tx, session.top_up(empty, wish.amount))
     return {**describe(tx.save(empty, locked, "lock")), "token": token}
 
 
-<<<<<<< mine
-async def check_lock(tx: Transaction, buyer: str, provider: str, amount: Atomic) -> None:
-    """Refuses a lock that is too small, or whose provider is nobody else."""
-    if amount < tx.settings.min_escrow:
-        least = display(tx.settings.min_escrow)
-        raise Refused(422, "below_minimum", f"an escrow locks at least {least}", minimum=least)
+async def check_lock(tx: Transaction, buyer: str, provider: str, amount: Atomic) -> str:
+    """Refuses a lock that is too small, or whose provider is nobody else; answers its asset."""
     if provider == buyer:
         raise Refused(422, "self_payment", "buyer and provider must be two agents")
-    if not await agents.exists(tx, provider):
-        raise Refused(404, "unknown_agent", "there is no agent to_agent_id")
-
-
-async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> None:
-    await check_lock(tx, buyer, wish.to_agent_id, wish.amount)
-    journal = await agents.find_journal(tx.connection, wish.journal)
-    if journal is None or journal.agent_id != wish.to_agent_id:
-        raise Refused(404, "unknown_journal", "to_agent_id has not registered this journal")
-
-
-async def check_funds(tx: Transaction, buyer: str, amount: Atomic) -> None:
-    """Refuses what an agent's balance does not suffice for."""
-    balance = await balance_of(tx.connection, agent_account(buyer))
-    if balance < amount:
-        raise Refused(
-            409, "insufficient_funds", "your balance does not suffice", balance=display(balance)
-        )
-=======
-async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> str:
-    """The asset that they trade in."""
-    if wish.to_agent_id == buyer:
-        raise Refused(422, "self_payment", "buyer and provider must be two agents")
-    asset = await agents.meet(tx, buyer, wish.to_agent_id)
+    asset = await agents.meet(tx, buyer, provider)
     minimum = tx.settings.terms(modes.mode_of(asset)).min_escrow
-    if wish.amount < minimum:
+    if amount < minimum:
         least = display(minimum)
         raise Refused(422, "below_minimum", f"an escrow locks at least {least}", minimum=least)
+    return asset
+
+
+async def _check_parties(tx: Transaction, buyer: str, wish: NewEscrow) -> str:
+    asset = await check_lock(tx, buyer, wish.to_agent_id, wish.amount)
     journal = await agents.find_journal(tx.connection, wish.journal)
     if journal is None or journal.agent_id != wish.to_agent_id:
         raise Refused(404, "unknown_journal", "to_agent_id has not registered this journal")
     return asset
->>>>>>> accounts
 
 
 async def _issue(tx: Transaction, escrow: Escrow) -> tuple[Escrow, str]:
@@ -167,11 +131,7 @@ async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -
     """Locks more in an open session, and issues a token that says so."""
     before = await _as_buyer(tx, caller, escrow_id)
     grown = session.top_up(before, amount)
-<<<<<<< mine
-    await check_funds(tx, caller, amount)
-=======
     await agents.check_funds(tx, caller, amount)
->>>>>>> accounts
     after, token = await _issue(tx, grown)
     return {**describe(tx.save(before, after, Event.TOP_UP.value)), "token": token}
 

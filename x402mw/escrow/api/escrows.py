@@ -6,15 +6,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from x402mw.core import ids
-<<<<<<< mine
 from x402mw.core.amounts import ZERO, atomic
 from x402mw.core.strict import dumps
 from x402mw.escrow import bodies, manual, manual_bodies, redemption, sessions, web
-=======
-from x402mw.core.amounts import ZERO
-from x402mw.escrow import bodies, redemption, sessions, web
 from x402mw.escrow.access import PROVIDE, READ, SPEND
->>>>>>> accounts
 from x402mw.escrow.api.redemption import judge
 from x402mw.escrow.api.shared import (
     PAGE_ITEMS,
@@ -150,23 +145,18 @@ async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Clo
 
 
 ROUTES: Routes = (
-<<<<<<< mine
-    ("POST", "/escrow", create_escrow),
-    ("GET", "/escrow", list_escrows),
-    ("GET", "/escrow/{escrow_id}", show_escrow),
-    ("POST", "/escrow/{escrow_id}/token", renew_token),
-    ("POST", "/escrow/{escrow_id}/topup", on_escrow(manual_bodies.Grow, _top_up)),
-    ("POST", "/escrow/{escrow_id}/extend", on_escrow(manual_bodies.Extension, _extend)),
-    ("POST", "/escrow/{escrow_id}/release", on_escrow(manual_bodies.Pay, _release)),
-    ("POST", "/escrow/{escrow_id}/release-partial", on_escrow(manual_bodies.PayPart, _release)),
-    ("POST", "/escrow/{escrow_id}/close", close),
-=======
     ("POST", "/escrow", SPEND, create_escrow),
     ("GET", "/escrow", READ, list_escrows),
     ("GET", "/escrow/{escrow_id}", READ, show_escrow),
     ("POST", "/escrow/{escrow_id}/token", SPEND, renew_token),
-    ("POST", "/escrow/{escrow_id}/topup", SPEND, top_up),
-    ("POST", "/escrow/{escrow_id}/release", SPEND, release),
+    ("POST", "/escrow/{escrow_id}/topup", SPEND, on_escrow(manual_bodies.Grow, _top_up)),
+    ("POST", "/escrow/{escrow_id}/extend", SPEND, on_escrow(manual_bodies.Extension, _extend)),
+    ("POST", "/escrow/{escrow_id}/release", SPEND, on_escrow(manual_bodies.Pay, _release)),
+    (
+        "POST",
+        "/escrow/{escrow_id}/release-partial",
+        SPEND,
+        on_escrow(manual_bodies.PayPart, _release),
+    ),
     ("POST", "/escrow/{escrow_id}/close", f"{SPEND} {PROVIDE}", close),
->>>>>>> accounts
 )

@@ -9,6 +9,7 @@ from x402mw.core import ids
 from x402mw.core.errors import Malformed
 from x402mw.escrow import disputes, manual, web
 from x402mw.escrow import manual_bodies as bodies
+from x402mw.escrow.access import ARBITER, PROVIDE, SPEND
 from x402mw.escrow.api.shared import (
     PAGE_ITEMS,
     PAGE_ITEMS_MAX,
@@ -54,20 +55,46 @@ def _cursor(request: Request) -> tuple[int, str] | None:
 
 
 ROUTES: Routes = (
-    ("POST", "/escrow/{escrow_id}/settle", on_escrow(bodies.Settlement, manual.settle)),
-    ("POST", "/escrow/{escrow_id}/refund", on_escrow(bodies.TakeBack, manual.refund)),
-    ("POST", "/escrow/{escrow_id}/return", on_escrow(bodies.Return, _return)),
-    ("POST", "/escrow/{escrow_id}/deliver", on_escrow(bodies.Delivery, manual.deliver)),
-    ("POST", "/escrow/{escrow_id}/approve", on_escrow(bodies.Verdict, manual.approve)),
-    ("POST", "/escrow/{escrow_id}/reject", on_escrow(bodies.Verdict, manual.reject)),
-    ("POST", "/escrow/{escrow_id}/condition", on_escrow(bodies.Outcome, manual.meet_condition)),
-    ("POST", "/escrow/{escrow_id}/dispute", on_escrow(bodies.NewDispute, disputes.dispute)),
+    ("POST", "/escrow/{escrow_id}/settle", SPEND, on_escrow(bodies.Settlement, manual.settle)),
+    (
+        "POST",
+        "/escrow/{escrow_id}/refund",
+        f"{SPEND} {PROVIDE}",
+        on_escrow(bodies.TakeBack, manual.refund),
+    ),
+    ("POST", "/escrow/{escrow_id}/return", PROVIDE, on_escrow(bodies.Return, _return)),
+    ("POST", "/escrow/{escrow_id}/deliver", PROVIDE, on_escrow(bodies.Delivery, manual.deliver)),
+    ("POST", "/escrow/{escrow_id}/approve", SPEND, on_escrow(bodies.Verdict, manual.approve)),
+    ("POST", "/escrow/{escrow_id}/reject", SPEND, on_escrow(bodies.Verdict, manual.reject)),
+    (
+        "POST",
+        "/escrow/{escrow_id}/condition",
+        f"{SPEND} {PROVIDE}",
+        on_escrow(bodies.Outcome, manual.meet_condition),
+    ),
+    (
+        "POST",
+        "/escrow/{escrow_id}/dispute",
+        f"{SPEND} {PROVIDE}",
+        on_escrow(bodies.NewDispute, disputes.dispute),
+    ),
     (
         "POST",
         "/escrow/{escrow_id}/dispute/evidence",
+        f"{SPEND} {PROVIDE}",
         on_escrow(bodies.Evidence, disputes.add_evidence),
     ),
-    ("POST", "/escrow/{escrow_id}/dispute/withdraw", on_escrow(Body, _withdraw)),
-    ("POST", "/escrow/{escrow_id}/dispute/resolve", on_escrow(bodies.Decision, disputes.resolve)),
-    ("GET", "/disputes", list_disputes),
+    (
+        "POST",
+        "/escrow/{escrow_id}/dispute/withdraw",
+        f"{SPEND} {PROVIDE}",
+        on_escrow(Body, _withdraw),
+    ),
+    (
+        "POST",
+        "/escrow/{escrow_id}/dispute/resolve",
+        ARBITER,
+        on_escrow(bodies.Decision, disputes.resolve),
+    ),
+    ("GET", "/disputes", ARBITER, list_disputes),
 )

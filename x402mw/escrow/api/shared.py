@@ -9,16 +9,11 @@ from starlette.responses import Response
 
 from x402mw.core import ids
 from x402mw.core.errors import Malformed
-<<<<<<< mine
-from x402mw.escrow import agents, web
-from x402mw.escrow.api import dialects
-from x402mw.escrow.errors import Refused, not_found
-from x402mw.escrow.idempotency import Answer
-=======
 from x402mw.escrow import access, web
 from x402mw.escrow.access import Principal
+from x402mw.escrow.api import dialects
 from x402mw.escrow.errors import not_found
->>>>>>> accounts
+from x402mw.escrow.idempotency import Answer
 from x402mw.escrow.ledger import Ledger
 from x402mw.escrow.transactions import Transaction
 
