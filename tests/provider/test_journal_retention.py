@@ -1,6 +1,7 @@
 """What the journal forgets: nothing too early, nothing twice usable, never more than its cap."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -140,6 +141,42 @@ async def test_sessions_go_a_day_after_they_ended(journal: Journal, clock: Clock
     clock.now += DAY
     assert await journal.account(SESSION) is None
     assert journal.unredeemed == 0
+
+
+async def ended_and_forgotten(journal: Journal, clock: Clock) -> None:
+    """Brings SESSION to its end and lets the journal forget it."""
+    await paid(journal, 1)
+    report = Report(SESSION, Atomic(1000), Atomic(1000), ended=True)
+    await journal.apply_verdicts([report])
+    clock.now = TOKEN.claim_until + DAY
+    assert await journal.account(SESSION) is None
+
+
+@pytest.mark.parametrize("back", [0, 2 * DAY])
+async def test_a_forgotten_session_is_not_begun_anew(
+    journal: Journal, clock: Clock, back: int
+) -> None:
+    """Nothing is admitted, closed or receipted on it, not even if the clock has gone back since."""
+    await ended_and_forgotten(journal, clock)
+    clock.now -= back
+    late = claim(2, expires=int(clock.now + 300) * 1000)
+    for what in (admit(journal, late), journal.begin_close(late), journal.check_session(late)):
+        with pytest.raises(Refused) as refused:
+            await what
+        assert (refused.value.status, refused.value.reason) == (410, "forgotten")
+    assert await journal.account(SESSION) is None
+
+
+async def test_a_forgotten_session_proves_no_restored_backup(
+    journal: Journal, clock: Clock
+) -> None:
+    """The escrow knows more of it than this book, and the book stays the same one."""
+    await ended_and_forgotten(journal, clock)
+    told = Report(SESSION, Atomic(1000), Atomic(1000), ended=True, claim_until=TOKEN.claim_until)
+    for report, proof in ((told, False), (replace(told, ended=False), True)):
+        since = {"since": 0, "until": 0, "serial": 0}
+        name = journal.journal_id
+        assert await journal.apply_changes([report], journal=name, **since) is proof
 
 
 async def test_what_is_owed_is_never_forgotten(journal: Journal, clock: Clock, place: str) -> None:

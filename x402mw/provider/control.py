@@ -51,6 +51,7 @@ async def answer_control(
     if wanted.op == "close":
         status, retry_after = await _close(service, claim)
     else:
+        await service.journal.check_session(claim)
         status, retry_after = 200, 0
     content = await _content(service, claim, wanted, final=wanted.op == "close" and status == 200)
     found = [answers.NO_STORE]

@@ -15,7 +15,7 @@ from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.gate import CallState
 from x402mw.core.sessions import Account, SessionEvent, SessionState
 from x402mw.core.terms import Terms
-from x402mw.provider.journal import rows
+from x402mw.provider.journal import retention, rows
 from x402mw.provider.journal.rows import CallRow, Meter, SessionRow
 from x402mw.provider.journal.transaction import Transaction
 
@@ -73,6 +73,7 @@ def admit(
     call = lookup(transaction, claim.session, claim.seq)
     if call is None:
         _check_forgotten(transaction, claim)
+        check_session(transaction, claim)
     verdict = gate.decide(
         claim,
         offer=offer,
@@ -97,9 +98,21 @@ def _check_forgotten(transaction: Transaction, claim: gate.Claim) -> None:
     Not with 402: its buyer would sign anew, and what was executed would run a second time.
     """
     if forget_at(claim) <= max(transaction.now, transaction.totals.forgotten_until):
-        refusal = gate.refused(claim, 410, "forgotten", "what became of this voucher is forgotten")
-        refusal.more = {"serverTime": int(transaction.now)}
-        raise refusal
+        raise _forgotten(transaction, claim, "what became of this voucher is forgotten")
+
+
+def check_session(transaction: Transaction, claim: gate.Claim) -> None:
+    """Refuses a session that was used here and is forgotten: nothing true can be said of it."""
+    if transaction.session(claim.session) is None and retention.may_be_forgotten(
+        transaction, claim.token.claim_until
+    ):
+        raise _forgotten(transaction, claim, "what this session came to is forgotten")
+
+
+def _forgotten(transaction: Transaction, claim: gate.Claim, detail: str) -> gate.Refused:
+    refusal = gate.refused(claim, 410, "forgotten", detail)
+    refusal.more = {"serverTime": int(transaction.now)}
+    return refusal
 
 
 def forget_at(claim: gate.Claim) -> int:
@@ -236,6 +249,7 @@ def _settled(transaction: Transaction, call: Admitted) -> Settled:
 
 def begin_close(transaction: Transaction, claim: gate.Claim) -> SessionView:
     """Lets a session admit nothing more, also one that was never used here."""
+    check_session(transaction, claim)
     row = transaction.session(claim.session) or first_seen(claim)
     account = sessions.move(row.account, SessionEvent.CLOSE)
     transaction.put_session(seen(row, claim, account=account))

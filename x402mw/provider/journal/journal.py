@@ -192,6 +192,10 @@ class Journal:
 
         return await self._do(read)
 
+    async def check_session(self, claim: gate.Claim) -> None:
+        """Raises `Refused` if this session was used here and is forgotten."""
+        await self._do(partial(calls.check_session, claim=claim))
+
     async def begin_close(self, claim: gate.Claim) -> SessionView:
         """Lets a session admit nothing more, durably; also one that was never used here."""
         return await self._do(partial(calls.begin_close, claim=claim))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from x402mw.core.amounts import ZERO, Atomic
 from x402mw.core.sessions import SessionEvent, SessionState, move
 from x402mw.provider.journal import rows
+from x402mw.provider.journal.retention import may_be_forgotten
 from x402mw.provider.journal.rows import SessionRow
 from x402mw.provider.journal.transaction import Transaction
 
@@ -126,11 +127,15 @@ def apply_reports(transaction: Transaction, reports: Iterable[Report], journal: 
     for report in reports:
         row = transaction.session(report.session)
         sent = row.sent if row else ZERO
-        ours = row is None or row.journal == journal
+        ours = row.journal == journal if row else not _is_forgotten(transaction, report)
         restored |= ours and report.redeemed > sent
         if row is not None:
             transaction.put_session(_reported(row, report))
     return restored
+
+
+def _is_forgotten(transaction: Transaction, report: Report) -> bool:
+    return report.ended and may_be_forgotten(transaction, report.claim_until)
 
 
 def _reported(row: SessionRow, report: Report) -> SessionRow:

@@ -181,7 +181,7 @@ FORGETTABLE_CALLS = """
 """
 DROP_CALL = "DELETE FROM calls WHERE id = ?"
 FORGETTABLE_SESSIONS = """
-    SELECT id FROM sessions
+    SELECT id, claim_until FROM sessions
     WHERE ended = 1 AND claim_until <= ? AND reserved = 0 AND owed_since IS NULL
     ORDER BY claim_until LIMIT ?
 """

@@ -15,6 +15,7 @@ from x402mw.provider.journal.store import Store
 
 CHANGES_CURSOR = "changes_cursor"
 UNMET_SERIAL = "unmet_serial"
+SESSIONS_FORGOTTEN = "sessions_forgotten_until"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,11 @@ class Shared:
     def changes_cursor(self) -> int:
         """Up to where the escrow's changes have been taken over."""
         return int(self.settings.get(CHANGES_CURSOR, "0"))
+
+    @property
+    def sessions_forgotten_until(self) -> int:
+        """The latest `claim_until` of a pruned session, in seconds."""
+        return int(self.settings.get(SESSIONS_FORGOTTEN, "0"))
 
     @property
     def unmet_serial(self) -> int | None:
