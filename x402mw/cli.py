@@ -17,7 +17,7 @@ try:
 except ImportError:  # pragma: no cover (needs an environment without the extra)
     sys.exit('the x402mw command needs its extras: pip install "x402mw[demo]"')
 
-from x402mw import cli_audit
+from x402mw import cli_accounts, cli_audit
 from x402mw.cli_shared import DATABASE, Database, check_exists, fail, run
 from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import X402mwError
@@ -61,6 +61,8 @@ def serve(
     min_escrow: Annotated[str, typer.Option(help="The least a session locks.")] = "1.00",
     faucet: Annotated[str, typer.Option(help="What a new agent may claim once.")] = "1.00",
     faucet_daily: Annotated[str, typer.Option(help="All claims of one day; 0 = off.")] = "100.00",
+    test_faucet: Annotated[str, typer.Option(help="The same for test agents.")] = "100.00",
+    test_faucet_daily: Annotated[str, typer.Option(help="All their claims of a day.")] = "10000.00",
     faucet_per_source: Annotated[int, typer.Option(help="Claims of one address a day.")] = 10,
     trusted_proxies: Annotated[
         str,
@@ -83,6 +85,8 @@ def serve(
         faucet_amount=to_atomic(faucet),
         faucet_daily=to_atomic(faucet_daily),
         faucet_claims_per_source=faucet_per_source,
+        test_faucet_amount=to_atomic(test_faucet),
+        test_faucet_daily=to_atomic(test_faucet_daily),
     )
     # Opened once before anyone is served, so that what is wrong with it is told in one line.
     run(lambda: _open_once(settings))
@@ -107,25 +111,6 @@ async def _open_once(settings: Settings) -> None:
     check_log(settings.database_url)
     async with visit_ledger(settings, time.time):
         await check_file(settings.database_url)
-
-
-@escrow.command()
-def deposit(
-    agent: Annotated[str, typer.Argument(help="The agent's id, ag_...")],
-    amount: Annotated[str, typer.Argument(help='What was received, such as "25.00".')],
-    db: Database = DATABASE,
-) -> None:
-    """Book money that you received for an agent."""
-    from x402mw.escrow import agents
-
-    units = to_atomic(amount)
-
-    async def book(ledger: "Ledger") -> str:
-        async with ledger.write() as tx:
-            answer = await agents.deposit(tx, agent, units)
-        return str(answer["balance"])
-
-    typer.echo(f"{agent} has {_with_ledger(db, book)}")
 
 
 @escrow.command()
@@ -162,6 +147,9 @@ def _with_ledger(db: str, use: "Callable[[Ledger], Awaitable[Result]]") -> Resul
             return await use(ledger)
 
     return run(visit)
+
+
+cli_accounts.add_commands(escrow, _with_ledger)
 
 
 def _root_seed(db: str, *, may_create: bool) -> bytes:

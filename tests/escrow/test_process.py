@@ -247,3 +247,35 @@ def test_a_fresh_service_makes_its_own_root_key(tmp_path: Path) -> None:
         assert process.wait(timeout=30) == 0
     assert lines[0] == lines[1]
     assert (tmp_path / "escrow.db.rootkey").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_operator_runs_accounts_from_the_command_line(
+    odd_databases: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Accounts: tenants, agents, keys and bookings are made beside the service, each line once."""
+    monkeypatch.chdir(odd_databases)
+    monkeypatch.setenv("X402MW_ROOT_KEY", b64url_encode(ROOT_SEED))
+
+    def run(arguments: str) -> str:
+        words = ["x402mw", "escrow", *arguments.split(), "--db", "good.db"]
+        monkeypatch.setattr("sys.argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        assert ended.value.code in (0, None), said
+        return said.out
+
+    assert run("tenant create bots --mode test") == "bots is a test tenant\n"
+    made = run("agent create boss --tenant bots --scope admin --scope read")
+    settings = dict(line.split("=") for line in made.splitlines())
+    agent = settings["X402MW_AGENT"]
+    assert settings["X402MW_API_KEY"].startswith("pf_test_")
+    assert "pf_test_" in run(f"key create {agent} --scope arbiter")
+    assert run(f"deposit {agent} 25.00 --reference line-1") == f"{agent} has 25.00\n"
+    words = f"escrow deposit {agent} 25.00 --reference line-1 --db good.db".split()
+    assert "was booked before" in refusal(words, monkeypatch, capsys)
+    assert run(f"withdraw {agent} 5.00") == f"{agent} has 20.00\n"
+    words = f"escrow withdraw {agent} 20.01 --db good.db".split()
+    assert "does not suffice" in refusal(words, monkeypatch, capsys)
+    assert "is revoked" in run(f"agent revoke {agent}")
+    assert "the books balance" in run("check")

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from x402mw.core import ids
 from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused, not_found
-from x402mw.escrow.transactions import Transaction
+from x402mw.escrow.transactions import OPERATOR, Transaction
 
 READ, SPEND, PROVIDE, ADMIN, ARBITER = "read", "spend", "provide", "admin", "arbiter"
 SCOPES = (READ, SPEND, PROVIDE, ADMIN, ARBITER)
@@ -105,7 +105,10 @@ async def issue(
     """Makes a key, whoever asked for it; `api_key` is its secret."""
     api_key = f"pf_{mode}_" + secrets.token_urlsafe(API_KEY_BYTES)
     key_id = ids.format_id(KEY_ID, secrets.token_bytes(ids.ID_BYTES))
-    written = " ".join(sorted(set(scopes)))
+    wanted = set(scopes)
+    if not wanted or not wanted <= set(SCOPES):
+        raise Refused(422, "invalid_request", f"scopes are some of {', '.join(SCOPES)}")
+    written = " ".join(sorted(wanted))
     await tx.insert(
         schema.api_keys,
         {
@@ -124,6 +127,22 @@ async def issue(
         "created_at": tx.now,
         "api_key": api_key,
     }
+
+
+async def issue_as_operator(
+    tx: Transaction, agent_id: str, scopes: Iterable[str]
+) -> dict[str, Any]:
+    """Makes a key of any scopes for any agent, also for one that lost its own or was revoked."""
+    query = select(schema.tenants.c.mode).join(
+        schema.agents, schema.agents.c.tenant == schema.tenants.c.tenant
+    )
+    mode = (await tx.connection.execute(query.where(_is(agent_id)))).scalar_one_or_none()
+    if mode is None:
+        raise Refused(404, "unknown_agent", f"there is no agent {agent_id}")
+    made = await issue(tx, agent_id, mode, scopes)
+    data = {"agent_id": agent_id, "key_id": made["key_id"], "scopes": made["scopes"]}
+    tx.note("key_created", actor=OPERATOR, data=data)
+    return made
 
 
 async def create_key(

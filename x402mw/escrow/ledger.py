@@ -23,6 +23,7 @@ from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules.table import InvalidState, NotCovered
 from x402mw.escrow.settings import Settings
+from x402mw.escrow.stats import Stats
 from x402mw.escrow.thread import WriterThread
 from x402mw.escrow.transactions import Transaction
 
@@ -44,6 +45,7 @@ class Ledger:
     ) -> None:
         self.settings = settings
         self.signer = Signer(settings)
+        self.stats = Stats(self)
         self._engine = engine
         blocking = database.open_blocking(engine)
         self._thread = WriterThread(engine, blocking) if blocking else None

@@ -14,13 +14,13 @@ from x402mw.escrow import schema
 from x402mw.escrow.account_bodies import HANDLE_FORM
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.modes import LIVE, TEST
-from x402mw.escrow.transactions import Transaction
+from x402mw.escrow.transactions import OPERATOR, Transaction
 
 PUBLIC = {LIVE: "public", TEST: "public-test"}
 """The tenant of agents that register by themselves, for each mode."""
 
-OPERATOR = "operator"
-"""The tenant whose admin keys book deposits and withdrawals."""
+OPERATORS = OPERATOR
+"""The tenant whose admin keys book deposits and withdrawals; called as the operator is."""
 
 _NAME = re.compile(HANDLE_FORM, re.ASCII)
 

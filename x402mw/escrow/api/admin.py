@@ -20,7 +20,7 @@ from x402mw.escrow.api.shared import (
     path_id,
 )
 from x402mw.escrow.errors import Refused
-from x402mw.escrow.tenants import OPERATOR
+from x402mw.escrow.tenants import OPERATORS
 from x402mw.escrow.transactions import Transaction
 
 
@@ -86,7 +86,7 @@ async def book_withdrawal(request: Request) -> Response:
 
 
 async def _book(request: Request, kind: str) -> Response:
-    if find_principal(request).tenant != OPERATOR:
+    if find_principal(request).tenant != OPERATORS:
         raise Refused(403, "not_the_operator", "only the operator of this escrow may do that")
 
     async def book(tx: Transaction, caller: str, body: NewBooking) -> dict[str, Any]:

@@ -99,8 +99,14 @@ async def register_journal(request: Request) -> Response:
     return await change(request, bodies.NewJournal, register)
 
 
+async def show_stats(request: Request) -> Response:
+    """GET /stats: figures for everybody."""
+    return JSONResponse(await find_ledger(request).stats.show())
+
+
 ROUTES: Routes = (
     ("POST", "/agents", OPEN, register_agent),
+    ("GET", "/stats", OPEN, show_stats),
     ("GET", "/agents/me", READ, show_agent),
     ("POST", "/agents/me/revoke", SPEND, revoke_itself),
     ("GET", "/handles/{handle}", READ, show_handle),
