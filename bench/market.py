@@ -24,7 +24,7 @@ from x402mw.core.amounts import Atomic
 from x402mw.core.messages import EscrowExtra, PaymentRequirements, validate
 from x402mw.core.strict import b64url_encode
 from x402mw.core.terms import read_terms
-from x402mw_client.escrow import SyncEscrow
+from x402mw_client.escrow import EscrowClient
 
 ROOT_SEED = hashlib.sha256(b"x402mw bench root").digest()
 DEPOSIT = Atomic(50_000_000)
@@ -105,7 +105,7 @@ class Buyer:
 
     def __init__(self, market: Market, account: Account, shop: str, *, sessions: int) -> None:
         self.shop = shop
-        self._escrow = SyncEscrow(market.escrow.url, account.api_key)
+        self._escrow = EscrowClient(market.escrow.url, account.api_key)
         found = self._escrow.keys()
         self._network_id = vouchers.network_id(found.network, found.root_key)
         self._offers: dict[str, dict[str, Any]] = {}

@@ -27,7 +27,7 @@ from demo_provider.texts import ARTICLE, STORY
 from x402mw.core.amounts import display, to_atomic
 from x402mw.core.errors import LimitExceeded
 from x402mw_client import Limits, PaymentTransport, Wallet
-from x402mw_client.escrow import AsyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient
 
 PARALLEL_CALLS = 100
 FUNDS = "5.00"
@@ -72,8 +72,8 @@ class Market:
     escrow_url: str
     provider_url: str
     api_key: str
-    buyer: AsyncEscrow
-    seller: AsyncEscrow
+    buyer: AsyncEscrowClient
+    seller: AsyncEscrowClient
     wallet: Wallet
     counter: CountingTransport
     http: httpx.AsyncClient
@@ -229,7 +229,7 @@ async def open_market(folder: Path) -> Market:
         "--no-access-log", settings=settings,
     )  # fmt: skip
     await provider.wait_for(r"Uvicorn running on")
-    buyer = AsyncEscrow(escrow_url, buyer_account["api_key"])
+    buyer = AsyncEscrowClient(escrow_url, buyer_account["api_key"])
     await buyer.claim_faucet()
     await processes.run(
         folder, "x402mw.cli", "escrow", "deposit", "--db", "escrow.db",
@@ -250,7 +250,7 @@ async def open_market(folder: Path) -> Market:
         provider_url=f"http://127.0.0.1:{port}",
         api_key=buyer_account["api_key"],
         buyer=buyer,
-        seller=AsyncEscrow(escrow_url, settings["X402MW_API_KEY"]),
+        seller=AsyncEscrowClient(escrow_url, settings["X402MW_API_KEY"]),
         wallet=wallet,
         counter=counter,
         http=httpx.AsyncClient(transport=PaymentTransport(wallet, inner=counter), timeout=30),

@@ -17,7 +17,7 @@ from x402mw_client.bodies import (
     take,
     take_async,
 )
-from x402mw_client.escrow import AsyncEscrow, SyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
 from x402mw_client.steps import (
     After,
     Ask,
@@ -73,7 +73,7 @@ class AsyncDriver:
     """Carries out stories in an event loop."""
 
     def __init__(
-        self, inner: httpx.AsyncBaseTransport, escrow: AsyncEscrow, signal: Signal
+        self, inner: httpx.AsyncBaseTransport, escrow: AsyncEscrowClient, signal: Signal
     ) -> None:
         self._inner, self._escrow, self._signal = inner, escrow, signal
 
@@ -150,7 +150,7 @@ class AsyncDriver:
 class SyncDriver:
     """Carries out stories in a plain thread."""
 
-    def __init__(self, inner: httpx.BaseTransport, escrow: SyncEscrow, signal: Signal) -> None:
+    def __init__(self, inner: httpx.BaseTransport, escrow: EscrowClient, signal: Signal) -> None:
         self._inner, self._escrow, self._signal = inner, escrow, signal
 
     def run(self, story: Story[T], outgoing: Outgoing | None = None) -> T:

@@ -1,9 +1,9 @@
 """The escrow's HTTP API, written once for async and sync callers.
 
-`operations` says what can be asked, as plain values; `AsyncEscrow` and `SyncEscrow` only carry that
-out, and their methods are one table, `_Methods`. Every operation that moves money carries an
-`Idempotency-Key`, so a repeated call can never move it twice; what is safe to repeat is repeated a
-few times before `EscrowUnavailable` is raised.
+`operations` says what can be asked, as plain values; `AsyncEscrowClient` and `EscrowClient` only
+carry that out, and their methods are one table, `_Methods`. Every operation that moves money
+carries an `Idempotency-Key`, so a repeated call can never move it twice; what is safe to repeat is
+repeated a few times before `EscrowUnavailable` is raised.
 """
 
 import asyncio
@@ -50,12 +50,12 @@ class _Method(Generic[P, T]):
 
     @overload
     def __get__(
-        self, escrow: "AsyncEscrow", owner: type
+        self, escrow: "AsyncEscrowClient", owner: type
     ) -> Callable[P, Coroutine[Any, Any, T]]: ...
     @overload
-    def __get__(self, escrow: "SyncEscrow", owner: type) -> Callable[P, T]: ...
+    def __get__(self, escrow: "EscrowClient", owner: type) -> Callable[P, T]: ...
 
-    def __get__(self, escrow: "AsyncEscrow | SyncEscrow", owner: type) -> Callable[P, Any]:
+    def __get__(self, escrow: "AsyncEscrowClient | EscrowClient", owner: type) -> Callable[P, Any]:
         return lambda *given, **named: escrow.run(self._build(*given, **named))
 
 
@@ -110,7 +110,7 @@ class _Methods:
         return read_answer(operation, response)
 
 
-class AsyncEscrow(_Methods):
+class AsyncEscrowClient(_Methods):
     """The escrow's API for async code; `client` may be shared, and is then the caller's to close.
 
     `last_date` is the escrow's clock (seconds) as of its latest answer. Every method raises
@@ -141,8 +141,8 @@ class AsyncEscrow(_Methods):
             await self._client.aclose()
 
 
-class SyncEscrow(_Methods):
-    """The escrow's API for plain code; otherwise as `AsyncEscrow`."""
+class EscrowClient(_Methods):
+    """The escrow's API for plain code; otherwise as `AsyncEscrowClient`."""
 
     def __init__(
         self, url: str, api_key: str | None = None, *, client: httpx.Client | None = None

@@ -13,7 +13,7 @@ from x402mw.core.amounts import Atomic, display
 from x402mw.core.telemetry import Telemetry
 from x402mw_client.closing import close_all, close_lost
 from x402mw_client.drive import AsyncDriver, SyncDriver
-from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
+from x402mw_client.escrow import AsyncEscrowClient, EscrowClient, check_secure
 from x402mw_client.events import Events
 from x402mw_client.limits import Limits
 from x402mw_client.receipts import ReceiptRefused, SignedReceipt, newest_receipt
@@ -89,13 +89,13 @@ class Wallet:
     def __repr__(self) -> str:
         return f"Wallet(escrow={self.state.escrow!r})"
 
-    def async_escrow(self) -> AsyncEscrow:
+    def async_escrow(self) -> AsyncEscrowClient:
         """A client of the escrow's API under this wallet's account."""
-        return AsyncEscrow(self.state.escrow, self._api_key)
+        return AsyncEscrowClient(self.state.escrow, self._api_key)
 
-    def sync_escrow(self) -> SyncEscrow:
+    def sync_escrow(self) -> EscrowClient:
         """The same for plain code."""
-        return SyncEscrow(self.state.escrow, self._api_key)
+        return EscrowClient(self.state.escrow, self._api_key)
 
     @property
     def spent(self) -> Atomic:

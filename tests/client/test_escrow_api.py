@@ -10,7 +10,7 @@ import pytest
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import EscrowRefused, EscrowUnavailable, InsecureOrigin
 from x402mw_client import operations
-from x402mw_client.escrow import AsyncEscrow, SyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
 from x402mw_client.operations import RedeemItem
 
 pytestmark = pytest.mark.anyio
@@ -50,7 +50,7 @@ def both(
 ) -> Any:
     """Runs one operation through the sync client (the async one is driven by `each`)."""
     client = httpx.Client(transport=httpx.MockTransport(handler))
-    return SyncEscrow(URL, "pf_live_x", client=client).run(operation)
+    return EscrowClient(URL, "pf_live_x", client=client).run(operation)
 
 
 async def each(
@@ -58,7 +58,7 @@ async def each(
 ) -> Any:
     """Runs one operation through both clients and checks that they agree."""
     async with httpx.AsyncClient(transport=httpx.MockTransport(handler)) as client:
-        found = await AsyncEscrow(URL, "pf_live_x", client=client).run(operation)
+        found = await AsyncEscrowClient(URL, "pf_live_x", client=client).run(operation)
     assert both(handler, operation) == found
     return found
 
@@ -81,7 +81,7 @@ async def test_the_request_carries_the_key_and_never_shows_it() -> None:
 
     assert (await each(handler, operations.me())).balance == 1_500_000
     assert all(request.headers["Authorization"] == "Bearer pf_live_x" for request in seen)
-    assert "pf_live" not in str(seen[0].url) + repr(SyncEscrow(URL, "pf_live_x"))
+    assert "pf_live" not in str(seen[0].url) + repr(EscrowClient(URL, "pf_live_x"))
 
 
 def moving() -> list[operations.Operation[Any]]:
@@ -169,7 +169,7 @@ async def test_the_escrows_clock_is_kept() -> None:
         body = {"status": "ok", "network": "escrow:test", "time": 60} | AGENT
         return httpx.Response(200, json=body, headers={"Date": date})
 
-    escrow = SyncEscrow(URL, client=httpx.Client(transport=httpx.MockTransport(handler)))
+    escrow = EscrowClient(URL, client=httpx.Client(transport=httpx.MockTransport(handler)))
     assert escrow.health().network == "escrow:test"
     assert escrow.last_date == 60
     escrow.me()
@@ -200,4 +200,4 @@ def test_what_goes_out() -> None:
 def test_plain_http_leaves_this_machine_never(url: str) -> None:
     """The API key goes out over https or to this very machine."""
     with pytest.raises(InsecureOrigin):
-        AsyncEscrow(url)
+        AsyncEscrowClient(url)

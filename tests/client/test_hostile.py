@@ -19,7 +19,7 @@ from x402mw.core.errors import (
     PaymentRefused,
 )
 from x402mw_client import bodies, flow
-from x402mw_client.escrow import AsyncEscrow, SyncEscrow, check_secure
+from x402mw_client.escrow import AsyncEscrowClient, EscrowClient, check_secure
 from x402mw_client.steps import Sleep
 
 pytestmark = pytest.mark.anyio
@@ -286,7 +286,7 @@ async def test_a_plain_escrow_is_never_asked_through_a_proxy(
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:8080")
     monkeypatch.setenv("ALL_PROXY", "http://proxy.example:8080")
     for url in ("http://127.0.0.1:8401", "http://localhost:8401"):
-        for client in (AsyncEscrow(url)._client, SyncEscrow(url)._client):
+        for client in (AsyncEscrowClient(url)._client, EscrowClient(url)._client):
             assert not [pool for pool in client._mounts.values() if pool is not None]
 
 

@@ -11,7 +11,7 @@ from tests.client.scripted import ESCROW, ORIGIN, Answer, Clock, ScriptedProvide
 from tests.client.scripted_escrow import ScriptedEscrow
 from tests.support import payments as p
 from x402mw_client import Limits, PaymentTransport, SyncPaymentTransport, Wallet
-from x402mw_client.escrow import AsyncEscrow, SyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
 
 
 class ScriptedWallet(Wallet):
@@ -21,13 +21,13 @@ class ScriptedWallet(Wallet):
         self._handler = handler
         super().__init__(escrow=ESCROW, api_key="pf_live_secret", **settings)
 
-    def async_escrow(self) -> AsyncEscrow:
+    def async_escrow(self) -> AsyncEscrowClient:
         client = httpx.AsyncClient(transport=httpx.MockTransport(self._handler))
-        return AsyncEscrow(ESCROW, "pf_live_secret", client=client)
+        return AsyncEscrowClient(ESCROW, "pf_live_secret", client=client)
 
-    def sync_escrow(self) -> SyncEscrow:
+    def sync_escrow(self) -> EscrowClient:
         client = httpx.Client(transport=httpx.MockTransport(self._handler))
-        return SyncEscrow(ESCROW, "pf_live_secret", client=client)
+        return EscrowClient(ESCROW, "pf_live_secret", client=client)
 
 
 LIMITS = Limits(per_request="0.01", total="1.00")

@@ -96,7 +96,7 @@ POINTS = (
     Point("escrow.close.buyer", f"{_ESCROW}.sessions:close_as_buyer", needs="gone"),
     Point("escrow.refund.deadline", f"{_ESCROW}.deadlines:reach_deadline", needs="gone"),
     # The buyer opens sessions, signs, and learns what became of it.
-    Point("buyer.any.ask", f"{_BUYER}.escrow:AsyncEscrow.run"),
+    Point("buyer.any.ask", f"{_BUYER}.escrow:AsyncEscrowClient.run"),
     Point("buyer.any.write", f"{_BUYER}.walletfile:WalletFile._begin", error="sqlite"),
     Point("buyer.open.trust", f"{_BUYER}.state:WalletState.pin"),
     Point("buyer.open.begin", f"{_BUYER}.purse:Purse.begin"),

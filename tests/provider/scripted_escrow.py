@@ -13,7 +13,7 @@ from x402mw.core.amounts import display, to_atomic
 from x402mw.core.strict import b64url_decode, b64url_encode
 from x402mw.core.tokens import sign_key_set
 from x402mw.core.vouchers import split_voucher
-from x402mw_client.escrow import AsyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient
 
 URL = "http://127.0.0.1:1"
 
@@ -60,10 +60,10 @@ class ScriptedEscrow:
     refusals: dict[bytes, str] = field(default_factory=dict)
     verdicts: dict[bytes, Any] = field(default_factory=dict)
 
-    def client(self) -> AsyncEscrow:
+    def client(self) -> AsyncEscrowClient:
         """A client of this escrow."""
         transport = httpx.MockTransport(self._answer)
-        return AsyncEscrow(URL, "pf_live_test", client=httpx.AsyncClient(transport=transport))
+        return AsyncEscrowClient(URL, "pf_live_test", client=httpx.AsyncClient(transport=transport))
 
     def asked(self, what: str) -> list[Any]:
         """What was asked of one path."""

@@ -18,7 +18,7 @@ from x402mw.core.sessions import SessionState
 from x402mw.provider.journal import Journal
 from x402mw.provider.link import EscrowLink
 from x402mw.provider.redeemer import Redeemer
-from x402mw_client.escrow import AsyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient
 from x402mw_client.operations import EscrowRecord
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +33,7 @@ class Shop:
     journal: Journal
     link: EscrowLink
     redeemer: Redeemer
-    buyer: AsyncEscrow
+    buyer: AsyncEscrowClient
 
     async def open_session(self, amount: str = "1.00") -> EscrowRecord:
         """The buyer locks money for the shop's journal."""
@@ -71,8 +71,8 @@ class Shop:
 async def shop_at(escrow: RunningEscrow, path: Path, keys: tuple[str, str]) -> AsyncIterator[Shop]:
     """Opens the shop; its redeemer's task is not started. `keys`: the provider's, the buyer's."""
     journal = Journal.open(str(path), clock=escrow.clock)
-    link = EscrowLink(journal, AsyncEscrow(escrow.url, keys[0]), clock=escrow.clock)
-    buyer = AsyncEscrow(escrow.url, keys[1])
+    link = EscrowLink(journal, AsyncEscrowClient(escrow.url, keys[0]), clock=escrow.clock)
+    buyer = AsyncEscrowClient(escrow.url, keys[1])
     try:
         await link.start()
         yield Shop(journal, link, Redeemer(journal, link, contact_seconds=0), buyer)

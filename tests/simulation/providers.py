@@ -41,7 +41,7 @@ def simulated_providers(network: Any) -> Iterator[None]:
         )
 
     with (
-        mock.patch("x402mw.provider.provider.AsyncEscrow", client),
+        mock.patch("x402mw.provider.provider.AsyncEscrowClient", client),
         mock.patch("x402mw.provider.link.AWAY_SECONDS", AWAY_SECONDS),
         mock.patch("x402mw.provider.provider.Redeemer", redeemer),
     ):

@@ -16,7 +16,7 @@ from tests.simulation.journals import Disk
 from tests.simulation.loop import HERE
 from tests.simulation.network import Network, Wire
 from x402mw_client.control import resolve_doubts as resolve_doubts
-from x402mw_client.escrow import AsyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient
 from x402mw_client.limits import Limits
 from x402mw_client.sessions import Session
 from x402mw_client.transport import PaymentTransport
@@ -44,15 +44,15 @@ class SimWallet(Wallet):
     network: Network
     here: str
 
-    def async_escrow(self) -> AsyncEscrow:
+    def async_escrow(self) -> AsyncEscrowClient:
         """A client of the escrow's API."""
         return escrow_client(self.network, self.here, self.state.escrow, self._api_key)
 
 
-def escrow_client(network: Network, here: str, url: str, api_key: str | None) -> AsyncEscrow:
+def escrow_client(network: Network, here: str, url: str, api_key: str | None) -> AsyncEscrowClient:
     """A client of the escrow on the simulated network."""
     client = httpx.AsyncClient(transport=Wire(network, here), trust_env=False)
-    return AsyncEscrow(url, api_key, client=client)
+    return AsyncEscrowClient(url, api_key, client=client)
 
 
 class Database:

@@ -15,7 +15,7 @@ from x402mw.core import headers, ids, keys, vouchers
 from x402mw.core.amounts import Atomic, atomic
 from x402mw.core.messages import EscrowExtra, PaymentRequirements, validate
 from x402mw.core.terms import Terms, control_terms, read_terms, write_requirements
-from x402mw_client.escrow import AsyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient
 
 SEED = hashlib.sha256(b"x402mw handmade session key").digest()
 _seqs = itertools.count(1)
@@ -127,7 +127,7 @@ async def open_handmade(
 ) -> Handmade:
     """Opens a session of $2 for a shop's `/item`, and prepares the first payment."""
     accepts = await offer_of(http, "GET", f"{shop}/item")
-    client = AsyncEscrow(escrow.url, buyer.api_key)
+    client = AsyncEscrowClient(escrow.url, buyer.api_key)
     try:
         keyset = await client.keys()
         record = await client.open_session(

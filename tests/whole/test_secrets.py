@@ -30,7 +30,7 @@ from x402mw.core.messages import PaymentPayload
 from x402mw.provider import PaymentMiddleware, PerCall, PerUnit, Provider
 from x402mw.telemetry.logs import JsonFormatter
 from x402mw_client import Limits, PaymentTransport, SyncPaymentTransport, Wallet
-from x402mw_client.escrow import AsyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient
 
 pytestmark = [pytest.mark.anyio, pytest.mark.whole]
 
@@ -242,7 +242,7 @@ async def test_no_record_tells_a_secret(tmp_path: Path) -> None:
         async with market(tmp_path, secrets) as (escrow, buyer, url):
             await buy(escrow, buyer, url, tmp_path, secrets)
             await anyio.to_thread.run_sync(buy_plainly, escrow, buyer, url, secrets)
-            stranger = AsyncEscrow(escrow.url, "pf_live_hush-stranger")
+            stranger = AsyncEscrowClient(escrow.url, "pf_live_hush-stranger")
             with pytest.raises(EscrowRefused):
                 await stranger.me()
             await stranger.aclose()

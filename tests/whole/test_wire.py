@@ -21,7 +21,7 @@ from tests.support.serving import serving
 from x402mw.core import headers, vouchers
 from x402mw.core.keys import secret_key
 from x402mw.provider import PaymentMiddleware, PerCall, PriceList, Provider
-from x402mw_client.escrow import AsyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient
 
 pytestmark = [pytest.mark.anyio, pytest.mark.whole]
 
@@ -292,7 +292,7 @@ async def test_a_close_leaves_nothing_behind(tmp_path: Path) -> None:
             assert (await s.payment().send(s.http)).status_code == 200
         answer = await s.first.control(op="close").send(s.http)
         assert (answer.status_code, answer.json()["charged"]) == (200, "3000")
-        client = AsyncEscrow(s.escrow.url, s.buyer.api_key)
+        client = AsyncEscrowClient(s.escrow.url, s.buyer.api_key)
         try:
             record = await client.get(s.first.session)
         finally:

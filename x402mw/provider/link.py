@@ -28,7 +28,7 @@ from x402mw.core.strict import b64url_decode, b64url_encode
 from x402mw.core.tokens import KeySet, SessionToken, open_key_set, open_session_token
 from x402mw.core.vouchers import network_id
 from x402mw.provider.journal import Journal
-from x402mw_client.escrow import AsyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient
 
 AWAY_SECONDS = 30
 CLOCK_SKEW_MAX_SECONDS = 30
@@ -56,7 +56,7 @@ class EscrowLink:
     def __init__(
         self,
         journal: Journal,
-        escrow: AsyncEscrow,
+        escrow: AsyncEscrowClient,
         *,
         root_key: bytes | None = None,
         clock: Callable[[], float] = time.time,

@@ -22,7 +22,7 @@ from x402mw.provider.redeemer import Redeemer
 from x402mw.provider.request import Origins
 from x402mw.provider.service import FREE_CALLS_PER_MINUTE, Quota, Service
 from x402mw.provider.settings import JOURNAL_DEFAULT, read_settings
-from x402mw_client.escrow import AsyncEscrow
+from x402mw_client.escrow import AsyncEscrowClient
 
 log = logging.getLogger("x402mw.provider")
 
@@ -93,7 +93,7 @@ class Provider:
         )
         link = EscrowLink(
             journal,
-            AsyncEscrow(self._escrow, self._api_key),
+            AsyncEscrowClient(self._escrow, self._api_key),
             root_key=self._root,
             clock=self._clock,
         )
