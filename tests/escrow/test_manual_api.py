@@ -321,3 +321,65 @@ async def test_extensions(db: str) -> None:
                 422,
                 "invalid_request",
             )
+
+
+async def newcomer(m: Market, **body: Any) -> dict[str, str]:
+    """Registers one more agent; answers its id and the headers it sends."""
+    answer = await m.http.post("/agents", json={"name": "newcomer", **body})
+    assert answer.status_code == 201, answer.text
+    made = answer.json()
+    return {"id": made["agent_id"], "Authorization": f"Bearer {made['api_key']}"}
+
+
+async def balance_of(m: Market, agent: dict[str, str]) -> str:
+    """What a newcomer has."""
+    headers = {"Authorization": agent["Authorization"]}
+    return str((await m.http.get("/agents/me", headers=headers)).json()["balance"])
+
+
+@pytest.mark.parametrize("parts", [1, 7, 100])
+async def test_a_referrer_gets_its_part_however_it_is_split(db: str, parts: int) -> None:
+    """E14, rule 3: $1,000 ends as $990 + $8.50 + $1.50, whoever referred by whatever way."""
+    async with market(db, balance="1000.00") as m:
+        referrer = await newcomer(m, handle="introducer")
+        name = await lock(m, "1000.00", referral_code="introducer")
+        for part in range(1, parts):
+            total = 1_000_000_000 * part // parts
+            cumulative = f"{total // 1_000_000}.{total % 1_000_000:06d}"
+            await done(m, m.buyer, name, "release", cumulative=cumulative)
+        ended = await done(m, m.buyer, name, "release")
+        assert (ended["status"], ended["fee"]) == ("released", "10.00")
+        assert (await m.balance(m.provider), await balance_of(m, referrer)) == ("990.00", "1.50")
+
+
+async def test_a_party_is_never_its_own_referrer(db: str) -> None:
+    """X21: neither buyer nor provider nor who shares the revenue."""
+    async with market(db) as m:
+        for party in (m.buyer, m.provider):
+            answer = await m.post(m.buyer, "/escrow", wish(m, referral_code=party.agent_id))
+            assert code_of(answer) == (422, "self_referral")
+        helper = await newcomer(m)
+        payees = [
+            {"agent_id": m.provider.agent_id, "fraction": "0.5"},
+            {"agent_id": helper["id"], "fraction": "0.5"},
+        ]
+        body = wish(m, payees=payees, referral_code=helper["id"])
+        assert code_of(await m.post(m.buyer, "/escrow", body)) == (422, "self_referral")
+
+
+async def test_a_revoked_buyer_closes_its_sessions(db: str) -> None:
+    """Rule 5: revocation starts closing; what was signed before stays redeemable."""
+    async with market(db) as m:
+        session = (await m.open())["escrow_id"]
+        voucher = m.voucher(session, "1.00")
+        answer = await m.post(m.buyer, "/agents/me/revoke", {})
+        assert (answer.status_code, answer.json()["sessions_closing"]) == (200, 1)
+        assert (await m.get(m.buyer, "/agents/me")).status_code == 401
+        (verdict,) = await m.redeem({"voucher": voucher, "amount": "1.00"})
+        assert (verdict["ok"], verdict["state"]) == (True, "closing")
+        for _ in range(20):
+            m.escrow.clock.now += 50
+            await m.redeem()
+        answer = await m.get(m.provider, f"/escrow/{session}")
+        ended = answer.json()
+        assert (ended["status"], ended["close_reason"]) == ("settled", "revoked")

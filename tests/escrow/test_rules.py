@@ -120,6 +120,7 @@ def test_every_pair_outside_the_table_is_refused() -> None:
         Event.RELEASE: lambda escrow: rules.release(escrow, Atomic(1)),
         Event.REDEEM: lambda escrow: rules.redeem(escrow, Atomic(1)),
         Event.BUYER_CLOSE: lambda escrow: rules.close_by_buyer(escrow, T0),
+        Event.REVOKE: lambda escrow: rules.revoke(escrow, T0),
         Event.PROVIDER_CLOSE: lambda escrow: rules.close_by_provider(escrow, Atomic(1)),
         Event.DEADLINE: rules.reach_deadline,
         Event.RETURN: lambda escrow: money.give_money_back(escrow, Atomic(0)),

@@ -5,12 +5,18 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from x402mw.escrow.bodies import AgentId, Body, Memo, Name, PositiveAmount
+from x402mw.escrow.bodies import (
+    HANDLE_FORM,
+    AgentId,
+    Body,
+    Memo,
+    Name,
+    PositiveAmount,
+    ReferralCode,
+)
 
-HANDLE_FORM = "[a-z0-9-]{3,40}"
 GRACE_SECONDS_MAX = 24 * 60 * 60
 _HANDLE = re.compile(HANDLE_FORM, re.ASCII)
-_CODE = re.compile(rf"ag_[0-9a-f]{{32}}|{HANDLE_FORM}", re.ASCII)
 
 Mode = Literal["live", "test"]
 Scope = Literal["read", "spend", "provide", "admin", "arbiter"]
@@ -22,14 +28,7 @@ def _handle(text: str) -> str:
     return text
 
 
-def _code(text: str) -> str:
-    if not _CODE.fullmatch(text):
-        raise ValueError("a referral code is an agent's id or handle")
-    return text
-
-
 Handle = Annotated[str, AfterValidator(_handle)]
-ReferralCode = Annotated[str, AfterValidator(_code)]
 
 
 class NewAgent(Body):

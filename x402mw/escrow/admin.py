@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from x402mw.escrow import access, agents, schema
+from x402mw.escrow import agents, schema, sessions
 from x402mw.escrow.access import Principal
 from x402mw.escrow.errors import not_found
 from x402mw.escrow.rows import find_escrow
@@ -54,4 +54,4 @@ async def find_tenant_escrow(
 async def revoke_agent(tx: Transaction, admin: Principal, agent_id: str) -> dict[str, Any]:
     """Ends an agent of the tenant."""
     await check_agent(tx.connection, admin, agent_id)
-    return await access.revoke_agent(tx, agent_id, actor=admin.agent_id)
+    return await sessions.revoke_agent(tx, agent_id, admin.agent_id)

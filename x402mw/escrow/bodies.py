@@ -22,6 +22,8 @@ EXPIRES_SECONDS_MIN = 30 * 60
 EXPIRES_SECONDS_DEFAULT = 24 * 60 * 60
 EXPIRES_SECONDS_MAX = 365 * 24 * 60 * 60
 REDEEM_ITEMS_MAX = 1000
+HANDLE_FORM = "[a-z0-9-]{3,40}"
+_CODE = re.compile(rf"ag_[0-9a-f]{{32}}|{HANDLE_FORM}", re.ASCII)
 _PLAIN_TOTAL = re.compile(rf"([0-9]{{1,12}})\.([0-9]{{1,{USDC.decimals}}})", re.ASCII)
 
 
@@ -64,6 +66,12 @@ def _key(text: str) -> str:
     return text
 
 
+def _code(text: str) -> str:
+    if not _CODE.fullmatch(text):
+        raise ValueError("a referral code is an agent's id or handle")
+    return text
+
+
 def _id(prefix: str) -> AfterValidator:
     return AfterValidator(checked(lambda text: ids.format_id(prefix, ids.parse_id(prefix, text))))
 
@@ -71,6 +79,7 @@ def _id(prefix: str) -> AfterValidator:
 Amount = Annotated[Atomic, BeforeValidator(checked(to_atomic))]
 PositiveAmount = Annotated[Amount, AfterValidator(_positive)]
 Total = Annotated[Atomic, BeforeValidator(checked(read_total))]
+ReferralCode = Annotated[str, AfterValidator(_code)]
 PublicKey = Annotated[str, AfterValidator(checked(_key))]
 AgentId = Annotated[str, _id(ids.AGENT)]
 EscrowId = Annotated[str, _id(ids.ESCROW)]
@@ -105,6 +114,7 @@ class NewEscrow(Body):
         EXPIRES_SECONDS_DEFAULT
     )
     memo: Memo = ""
+    referral_code: ReferralCode | None = None
 
 
 class RedemptionItem(Body):

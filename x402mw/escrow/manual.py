@@ -17,7 +17,7 @@ from x402mw.core.amounts import ZERO, Atomic, display
 from x402mw.core.errors import Malformed
 from x402mw.core.keys import verify
 from x402mw.core.strict import b64url_decode
-from x402mw.escrow import agents, agreements, deadlines, manual_bodies
+from x402mw.escrow import agents, agreements, deadlines, manual_bodies, referrals
 from x402mw.escrow.bodies import EXPIRES_SECONDS_MAX
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import find_escrow
@@ -41,7 +41,7 @@ Change = Callable[[Agreement], Agreement]
 async def create(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> Answer:
     """Locks a buyer's money for one provider, to be released by hand."""
     asset = await check_lock(tx, buyer, wish.to_agent_id, wish.amount)
-    await _check_payees(tx, buyer, wish)
+    payees = await _check_payees(tx, buyer, wish)
     empty = Agreement(
         escrow=new_escrow(
             escrow_id=ids.format_id(ids.ESCROW, secrets.token_bytes(ids.ID_BYTES)),
@@ -50,6 +50,10 @@ async def create(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> 
             provider=wish.to_agent_id,
             asset=asset,
             fee_bps=tx.settings.fee_bps,
+            referral_bps=tx.settings.referral_bps,
+            referrer=await referrals.referrer_of(
+                tx, wish.referral_code, buyer, wish.to_agent_id, payees
+            ),
             payees=_write_payees(wish),
             memo=wish.memo,
             on_expiry=wish.after_expiry,
@@ -65,11 +69,12 @@ async def create(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> 
     return await show(tx.connection, escrow)
 
 
-async def _check_payees(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> None:
+async def _check_payees(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> list[str]:
     for payee in wish.payees:
         if payee.agent_id == buyer:
             raise Refused(422, "self_payment", "the buyer cannot be one of the payees")
         await agents.meet(tx, buyer, payee.agent_id)
+    return [payee.agent_id for payee in wish.payees]
 
 
 def _write_payees(wish: manual_bodies.NewManual) -> str:

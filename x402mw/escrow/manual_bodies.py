@@ -19,6 +19,7 @@ from x402mw.escrow.bodies import (
     AgentId,
     Body,
     PublicKey,
+    ReferralCode,
     checked,
     printable,
 )
@@ -171,7 +172,7 @@ class NewManual(Lifetime):
     )
     payees: Annotated[list[Payee], Field(max_length=PAYEES_MAX)] = Field(default_factory=list)
     condition: Condition | None = None
-    referral_code: Annotated[str, Field(max_length=64)] | None = None
+    referral_code: ReferralCode | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -4,6 +4,7 @@ A referral code is an agent's id, or its handle within the tenant: both are know
 with, and a code gives its holder nothing but income.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import select
@@ -37,10 +38,13 @@ async def find(tx: Transaction, code: str, tenant: str, mode: str) -> str:
     return str(found)
 
 
-async def referrer_of(tx: Transaction, code: str | None, buyer: str, provider: str) -> str:
+async def referrer_of(
+    tx: Transaction, code: str | None, buyer: str, provider: str, payees: Collection[str] = ()
+) -> str:
     """Who gets a part of the fees of an escrow: one agent, which is no party to it, or ''.
 
-    An explicit code, else the buyer's referrer, else the provider's (X21).
+    An explicit code, else the buyer's referrer, else the provider's (X21). Who has a share of the
+    revenue is a party too.
     """
     query = select(
         *(_AGENTS.agent_id, _AGENTS.tenant, _AGENTS.referrer, schema.tenants.c.mode)
@@ -49,12 +53,14 @@ async def referrer_of(tx: Transaction, code: str | None, buyer: str, provider: s
     parties = {row.agent_id: row for row in rows}
     if code is not None:
         referrer = await find(tx, code, parties[buyer].tenant, parties[buyer].mode)
-        if referrer in parties:
+        if referrer in parties or referrer in payees:
             raise Refused(422, "self_referral", "a party to the escrow cannot be its referrer")
         return referrer
     for party in (buyer, provider):
         referrer = parties[party].referrer
-        if referrer is not None and referrer not in parties and await _is_live(tx, referrer):
+        if referrer is None or referrer in parties or referrer in payees:
+            continue
+        if await _is_live(tx, referrer):
             return str(referrer)
     return ""
 

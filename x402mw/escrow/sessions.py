@@ -14,13 +14,13 @@ from x402mw.core import ids
 from x402mw.core.amounts import Atomic, display
 from x402mw.core.strict import b64url_decode
 from x402mw.core.tokens import SessionToken
-from x402mw.escrow import agents, modes, schema
+from x402mw.escrow import access, agents, modes, referrals, schema
 from x402mw.escrow.bodies import EXPIRES_SECONDS_MAX, NewEscrow
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import fetch_escrows, find_escrow
 from x402mw.escrow.rules import session
 from x402mw.escrow.rules.table import Event
-from x402mw.escrow.rules.values import SESSION, Escrow
+from x402mw.escrow.rules.values import OPEN_STATUSES, SESSION, Escrow
 from x402mw.escrow.transactions import Transaction
 
 
@@ -62,6 +62,8 @@ async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]
         provider=wish.to_agent_id,
         asset=asset,
         fee_bps=tx.settings.fee_bps,
+        referral_bps=tx.settings.referral_bps,
+        referrer=await referrals.referrer_of(tx, wish.referral_code, buyer, wish.to_agent_id),
         session_key=wish.session_key,
         journal=wish.journal,
         memo=wish.memo,
@@ -160,6 +162,24 @@ def close_as_buyer(tx: Transaction, before: Escrow) -> dict[str, Any]:
     if session.is_due(closing, tx.now, tx.service.up_since):
         return _keep(tx, before, session.reach_deadline(closing), Event.DEADLINE)
     return _keep(tx, before, closing, Event.BUYER_CLOSE)
+
+
+async def revoke_agent(tx: Transaction, agent_id: str, actor: str) -> dict[str, Any]:
+    """Ends an agent, and starts closing what it still buys by vouchers."""
+    answer = await access.revoke_agent(tx, agent_id, actor)
+    return {**answer, "sessions_closing": await _revoke_all(tx, agent_id, actor)}
+
+
+async def _revoke_all(tx: Transaction, buyer: str, actor: str) -> int:
+    """Vouchers that were signed before stay redeemable, so it costs no honest provider."""
+    escrows = schema.escrows.c
+    query = select(schema.escrows).where(
+        escrows.buyer == buyer, escrows.kind == SESSION, escrows.status.in_(OPEN_STATUSES)
+    )
+    found = await fetch_escrows(tx.connection, query)
+    for before in found:
+        tx.save(before, session.revoke(before, tx.now), Event.REVOKE.value, actor=actor)
+    return len(found)
 
 
 def close_as_provider(tx: Transaction, before: Escrow, proven: Atomic) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Settings:
     asset: Asset = USDC
     min_escrow: Atomic = ONE_DOLLAR
     fee_bps: int = 100
+    referral_bps: int = 1500
     claim_seconds: int = CLAIM_SECONDS
     faucet_amount: Atomic = ONE_DOLLAR
     faucet_daily: Atomic = HUNDRED_DOLLARS
@@ -56,8 +57,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not _NETWORK.fullmatch(self.network):
             raise ConfigurationError('a network is named like "escrow:main"')
-        if not 0 <= self.fee_bps <= 10_000:
-            raise ConfigurationError("a fee lies between 0 and 10000 basis points")
+        if not (0 <= self.fee_bps <= 10_000 and 0 <= self.referral_bps <= 10_000):
+            raise ConfigurationError("fee and referral lie between 0 and 10000 basis points")
         if not 60 <= self.claim_seconds <= 600:
             raise ConfigurationError("claim_seconds lies between 60 and 600")
 

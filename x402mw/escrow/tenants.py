@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
-from x402mw.escrow.account_bodies import HANDLE_FORM
+from x402mw.escrow.bodies import HANDLE_FORM
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.modes import LIVE, TEST
 from x402mw.escrow.transactions import OPERATOR, Transaction

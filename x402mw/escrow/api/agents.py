@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from x402mw.core import ids
-from x402mw.escrow import access, agents, bodies, web
+from x402mw.escrow import access, agents, bodies, sessions, web
 from x402mw.escrow.access import PROVIDE, READ, SPEND
 from x402mw.escrow.account_bodies import NewAgent
 from x402mw.escrow.api.shared import (
@@ -74,7 +74,7 @@ async def revoke_itself(request: Request) -> Response:
     """POST /agents/me/revoke."""
 
     async def revoke(tx: Transaction, caller: str, _body: bodies.Body) -> dict[str, Any]:
-        return await access.revoke_agent(tx, caller, actor=caller)
+        return await sessions.revoke_agent(tx, caller, caller)
 
     return await change(request, bodies.Body, revoke)
 

@@ -47,6 +47,12 @@ def close_by_buyer(escrow: Escrow, now: int) -> Escrow:
     return _happen(escrow, Event.BUYER_CLOSE, closing_deadline=deadline, close_reason="buyer_close")
 
 
+def revoke(escrow: Escrow, now: int) -> Escrow:
+    """The owner takes the buyer's right to go on; otherwise as the buyer's own close."""
+    deadline = now if escrow.claim_until is None else escrow.claim_until
+    return _happen(escrow, Event.REVOKE, closing_deadline=deadline, close_reason="revoked")
+
+
 def close_by_provider(escrow: Escrow, proven: Atomic) -> Escrow:
     """Redeems for the last time and sends the rest home at once."""
     raised = _raise_redeemed(escrow, proven)
@@ -78,6 +84,7 @@ def _happen(before: Escrow, event: Event, **changes: Any) -> Escrow:
 
 _AFTER = {
     Event.BUYER_CLOSE: Phase.CLOSING,
+    Event.REVOKE: Phase.CLOSING,
     Event.PROVIDER_CLOSE: Phase.ENDED,
     Event.DEADLINE: Phase.ENDED,
 }

@@ -26,6 +26,7 @@ class Event(Enum):
     REFUND = "refund"
     GIVE_BACK = "give_back"
     BUYER_CLOSE = "buyer_close"
+    REVOKE = "revoke"
     PROVIDER_CLOSE = "provider_close"
     DISPUTE = "dispute"
     EVIDENCE = "evidence"
@@ -40,7 +41,7 @@ _RETURN = frozenset({Event.RETURN})
 _SESSION_OPEN = frozenset(
     {
         *(Event.TOP_UP, Event.TOKEN, Event.EXTEND, Event.RELEASE, Event.REDEEM),
-        *(Event.BUYER_CLOSE, Event.PROVIDER_CLOSE, Event.DEADLINE),
+        *(Event.BUYER_CLOSE, Event.REVOKE, Event.PROVIDER_CLOSE, Event.DEADLINE),
     }
 )
 # What goes on beside a delivery or a dispute: the rest of the money keeps working.
