@@ -54,6 +54,7 @@ def main() -> None:
 
 @escrow.command()
 def serve(
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 8401,
     db: Database = DATABASE,
@@ -64,6 +65,9 @@ def serve(
     test_faucet: Annotated[str, typer.Option(help="The same for test agents.")] = "100.00",
     test_faucet_daily: Annotated[str, typer.Option(help="All their claims of a day.")] = "10000.00",
     faucet_per_source: Annotated[int, typer.Option(help="Claims of one address a day.")] = 10,
+    local_webhooks: Annotated[
+        bool, typer.Option(help="Allow webhooks to this machine and its network.")
+    ] = False,
     trusted_proxies: Annotated[
         str,
         typer.Option(envvar="FORWARDED_ALLOW_IPS", help="Whose X-Forwarded-For is believed."),
@@ -74,7 +78,7 @@ def serve(
     """Serve the escrow until SIGTERM; prints its URL and root key as NAME=value lines."""
     from x402mw.core.keys import public_key
     from x402mw.escrow import serve as server
-    from x402mw.escrow.app import create_app
+    from x402mw.escrow.app import create_app, say_farewell
 
     configure(log_format, log_level)
     settings = Settings(
@@ -87,6 +91,7 @@ def serve(
         faucet_claims_per_source=faucet_per_source,
         test_faucet_amount=to_atomic(test_faucet),
         test_faucet_daily=to_atomic(test_faucet_daily),
+        local_webhooks=local_webhooks,
     )
     # Opened once before anyone is served, so that what is wrong with it is told in one line.
     run(lambda: _open_once(settings))
@@ -100,7 +105,8 @@ def serve(
         root_key = b64url_encode(public_key(settings.root_seed))
         print(f"X402MW_ESCROW_ROOT={root_key}", flush=True)  # noqa: T201
 
-    if not server.run(create_app(settings), sock, announce, trusted_proxies):
+    service = create_app(settings)
+    if not server.run(service, sock, announce, trusted_proxies, lambda: say_farewell(service)):
         fail("the escrow did not start")
 
 

@@ -13,10 +13,24 @@ from starlette.routing import BaseRoute, Route
 
 from x402mw.core.telemetry import Telemetry
 from x402mw.escrow import web
-from x402mw.escrow.api import admin, agents, escrows, keys, manual, redemption, service, transfers
+from x402mw.escrow.api import (
+    admin,
+    agents,
+    escrows,
+    events,
+    keys,
+    manual,
+    redemption,
+    service,
+    transfers,
+    webhooks,
+)
 from x402mw.escrow.api.dialects import BASES
 from x402mw.escrow.api.shared import Routes, guard
 from x402mw.escrow.deadlines import HEARTBEAT_SECONDS
+from x402mw.escrow.events.deliverer import Deliverer
+from x402mw.escrow.events.feed import Feed
+from x402mw.escrow.events.posting import Poster
 from x402mw.escrow.ledger import Clock, Ledger, open_ledger
 from x402mw.escrow.observing import Observed
 from x402mw.escrow.settings import Settings
@@ -24,6 +38,7 @@ from x402mw.escrow.settings import Settings
 ROUTES: Routes = (
     *(*agents.ROUTES, *keys.ROUTES, *transfers.ROUTES, *escrows.ROUTES),
     *(*manual.ROUTES, *redemption.ROUTES, *admin.ROUTES),
+    *(*events.ROUTES, *webhooks.ROUTES),
 )
 """All below each base path."""
 
@@ -42,13 +57,20 @@ def create_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         ledger = await open_ledger(settings, clock, serving=True)
         app.state.ledger = ledger
-        sweeper = asyncio.create_task(_sweep_forever(ledger))
+        app.state.feed = Feed(ledger)
+        deliverer = Deliverer(ledger, Poster(local=settings.local_webhooks))
+        tasks = [
+            asyncio.create_task(work)
+            for work in (_sweep_forever(ledger), deliverer.run(), app.state.feed.run())
+        ]
         try:
             yield
         finally:
-            sweeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sweeper
+            app.state.feed.close()
+            for task in tasks:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
             await ledger.close()
 
     app = Starlette(
@@ -63,6 +85,12 @@ def create_app(
     # A redirect would be built from the Host header; a path with a slash too many is just unknown.
     app.router.redirect_slashes = False
     return app
+
+
+def say_farewell(app: Starlette) -> None:
+    """Ends the streams of events, which would go on for ever."""
+    if hasattr(app.state, "feed"):
+        app.state.feed.close()
 
 
 async def _sweep_forever(ledger: Ledger) -> None:

@@ -35,7 +35,8 @@ RETENTION_SECONDS = 7 * 24 * 60 * 60
 """How long a retired key stays in the set after the last voucher under it was redeemable."""
 
 KEYS_MAX = 32
-_PERSON = b"x402mw/signing"
+WEBHOOK_SECRET = "whsec_"  # noqa: S105 (what secrets begin with)
+_PERSON, _WEBHOOK_PERSON = b"x402mw/signing", b"x402mw/webhook"
 
 
 def load_root_seed(path: Path | None, text: str | None, *, may_create: bool) -> bytes:
@@ -100,6 +101,12 @@ class Signer:
             person=_PERSON,
             digest_size=SEED_BYTES,
         ).digest()
+
+    def webhook_secret(self, webhook_id: str, generation: int) -> str:
+        """What signs the deliveries of a webhook; like signing seeds, it is nowhere stored."""
+        text = generation.to_bytes(8, "big") + webhook_id.encode()
+        derived = hashlib.blake2b(text, key=self.settings.root_seed, person=_WEBHOOK_PERSON)
+        return WEBHOOK_SECRET + b64url_encode(derived.digest()[:SEED_BYTES])
 
     async def refresh(self, connection: AsyncConnection, serial: int) -> None:
         """Learns of a rotation, which may have been another process's."""

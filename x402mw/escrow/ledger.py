@@ -6,6 +6,7 @@ runs it again when the database asks for that. Readers see a moment of their own
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from x402mw.core.errors import AmountInvalid, ConfigurationError
 from x402mw.core.strict import b64url_encode, dumps
 from x402mw.escrow import books, database, deadlines, idempotency, modes, schema
 from x402mw.escrow.errors import Refused
+from x402mw.escrow.events.news import News
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules.table import InvalidState, NotCovered
@@ -54,6 +56,7 @@ class Ledger:
         # Our own writers queue here in order, instead of polling for the database's lock.
         self._writer = asyncio.Lock()
         self._running: set[Key | None] = set()
+        self.news = News()
 
     def now(self) -> int:
         """The whole second it is."""
@@ -74,6 +77,14 @@ class Ledger:
             self._transaction(connection) as tx,
         ):
             yield tx
+        self.news.tell()
+
+    @asynccontextmanager
+    async def write_aside(self) -> AsyncIterator[AsyncConnection]:
+        """A writing transaction that touches no money, so on PostgreSQL it waits for no other."""
+        alone = self._writer if self._thread is not None else contextlib.nullcontext()
+        async with alone, self._engine.begin() as connection:
+            yield connection
 
     @asynccontextmanager
     async def _transaction(self, connection: AsyncConnection) -> AsyncIterator[Transaction]:
@@ -113,7 +124,9 @@ class Ledger:
                 return await work(tx)
 
         async with self._writer:
-            return await self._thread.transact(within)
+            answer = await self._thread.transact(within)
+        self.news.tell()
+        return answer
 
     @contextmanager
     def _alone(self, key: Key | None) -> Iterator[None]:

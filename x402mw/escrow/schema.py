@@ -129,9 +129,9 @@ faucet_claims = _table("faucet_claims", text="agent_id source mode", numbers="da
 
 webhooks = _table(
     "webhooks",
-    text="webhook_id agent_id url events status escrow_id secret old_secret",
-    numbers="created_at since old_until",
-    nullable="escrow_id old_secret old_until",
+    text="webhook_id agent_id url events status escrow_id",
+    numbers="created_at since generation old_until",
+    nullable="escrow_id old_until",
 )
 
 deliveries = _table(

@@ -39,7 +39,11 @@ class AnnouncingServer(uvicorn.Server):
     """A uvicorn server that says when it really listens."""
 
     def __init__(
-        self, app: ASGIApp, announce: Callable[[], None], trusted_proxies: str = LOCAL_PROXIES
+        self,
+        app: ASGIApp,
+        announce: Callable[[], None],
+        trusted_proxies: str = LOCAL_PROXIES,
+        farewell: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -62,6 +66,7 @@ class AnnouncingServer(uvicorn.Server):
             )
         )
         self._announce = announce
+        self._farewell = farewell
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts as usual, then announces."""
@@ -69,9 +74,18 @@ class AnnouncingServer(uvicorn.Server):
         if self.started:
             self._announce()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Says farewell to answers that have no end of their own, then stops as usual."""
+        self._farewell()
+        await super().shutdown(sockets=sockets)
+
 
 def run(
-    app: ASGIApp, sock: socket.socket, announce: Callable[[], None], trusted_proxies: str
+    app: ASGIApp,
+    sock: socket.socket,
+    announce: Callable[[], None],
+    trusted_proxies: str,
+    farewell: Callable[[], None] = lambda: None,
 ) -> bool:
     """Serves until a signal; returns whether it ever started."""
 
@@ -80,7 +94,7 @@ def run(
         gc.freeze()
         announce()
 
-    server = AnnouncingServer(app, settle_and_announce, trusted_proxies)
+    server = AnnouncingServer(app, settle_and_announce, trusted_proxies, farewell)
     # uvicorn repeats the signal that stopped it; after a clean end there is nothing left to kill.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

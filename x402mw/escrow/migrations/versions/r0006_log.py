@@ -70,8 +70,8 @@ def _create_webhooks() -> None:
     op.create_table(
         "webhooks",
         *(_needed(_text(name)) for name in ("webhook_id", "agent_id", "url", "events", "status")),
-        *(_text("escrow_id"), _needed(_text("secret")), _text("old_secret")),
-        *(_needed(_number("created_at")), _needed(_number("since")), _number("old_until")),
+        *(_text("escrow_id"), _needed(_number("created_at")), _needed(_number("since"))),
+        *(_needed(_number("generation")), _number("old_until")),
         sa.PrimaryKeyConstraint("webhook_id"),
         sa.ForeignKeyConstraint(["agent_id"], ["agents.agent_id"]),
     )

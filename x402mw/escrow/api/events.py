@@ -1,0 +1,145 @@
+"""Routes about what happened: an escrow's history, its pauses, and the live stream of events."""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from x402mw.core import ids
+from x402mw.core.errors import Malformed
+from x402mw.escrow import sessions, web
+from x402mw.escrow.access import PROVIDE, READ, SPEND
+from x402mw.escrow.api.shared import (
+    PAGE_ITEMS,
+    PAGE_ITEMS_MAX,
+    Endpoint,
+    Routes,
+    authenticate,
+    find_caller,
+    find_ledger,
+    on_escrow,
+    path_id,
+)
+from x402mw.escrow.bodies import Body, printable
+from x402mw.escrow.errors import Refused
+from x402mw.escrow.events.derive import PAUSE, RESUME, Told
+from x402mw.escrow.events.feed import Feed, Position, Reader
+from x402mw.escrow.events.log import describe, read_history
+from x402mw.escrow.rules.values import Phase
+from x402mw.escrow.transactions import Transaction
+
+REASON_CHARACTERS_MAX = 200
+RETRY_MILLISECONDS = 2000
+_EVENT_ID = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,3}))?", re.ASCII)
+
+
+class Reason(Body):
+    """`POST /escrow/{id}/pause` and `/resume`."""
+
+    reason: Annotated[str, Field(max_length=REASON_CHARACTERS_MAX), AfterValidator(printable)] = ""
+
+
+def _telling(kind: str) -> Endpoint:
+    async def operation(
+        tx: Transaction, caller: str, escrow_id: str, body: Reason
+    ) -> dict[str, Any]:
+        escrow = await sessions.as_party(tx.connection, caller, escrow_id)
+        if escrow.phase is Phase.ENDED:
+            detail = f"{kind} is not possible while the escrow is {escrow.status}"
+            raise Refused(409, "invalid_state", detail, state=escrow.status)
+        data = {"reason": body.reason} if body.reason else None
+        return sessions.describe(tx.save(escrow, escrow, kind, data=data))
+
+    operation.__name__ = kind
+    operation.__doc__ = f"POST /escrow/{{id}}/{kind}: tells the other party, and moves nothing."
+    return on_escrow(Reason, operation)
+
+
+async def show_history(request: Request) -> Response:
+    """GET /escrow/{id}/history: every entry about it, newest first."""
+    caller, ledger = await find_caller(request), find_ledger(request)
+    escrow_id = path_id(request, "escrow_id", ids.ESCROW)
+    limit = max(1, web.query_number(request, "limit", PAGE_ITEMS, PAGE_ITEMS_MAX))
+    after = web.query_number(request, "after", 0)
+    await ledger.refresh(caller)
+    async with ledger.read() as connection:
+        escrow = await sessions.as_party(connection, caller, escrow_id)
+        start = after or escrow.last_entry
+        found = await read_history(connection, escrow_id, start, limit)
+    items = [
+        describe(entry, escrow.buyer, json.loads(entry.data) if entry.data else {})
+        for entry in found
+    ]
+    earlier = found[-1].before if found else None
+    return JSONResponse({"items": items, "next": None if earlier is None else str(earlier)})
+
+
+async def stream_events(request: Request) -> Response:
+    """GET /events: Server-Sent Events of the caller's escrows, from now or Last-Event-ID on."""
+    caller = await find_caller(request)
+    feed: Feed = request.app.state.feed
+    escrow_id = request.query_params.get("escrow_id")
+    if escrow_id is not None:
+        await _check_party(request, caller, escrow_id)
+    feed.check_room(caller)
+    since = _position(request, await feed.head())
+
+    async def lines() -> AsyncIterator[str]:
+        yield f"retry: {RETRY_MILLISECONDS}\n\n"
+        with feed.open(caller, escrow_id) as reader:
+            async for text in _follow(request, feed, reader, since):
+                yield text
+
+    headers = {"X-Accel-Buffering": "no"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+
+async def _follow(
+    request: Request, feed: Feed, reader: Reader, since: Position
+) -> AsyncIterator[str]:
+    async for told in feed.follow(reader, since):
+        if told is not None:
+            yield _write(told)
+            continue
+        try:
+            await authenticate(request)
+        except Refused:
+            # The key was revoked while the stream was open.
+            return
+        yield ":\n\n"
+
+
+def _write(told: Told) -> str:
+    return f"id: {told.id}\nevent: {told.name}\ndata: {told.body}\n\n"
+
+
+async def _check_party(request: Request, caller: str, escrow_id: str) -> None:
+    try:
+        ids.parse_id(ids.ESCROW, escrow_id)
+    except Malformed as error:
+        raise Refused(422, "invalid_request", f"escrow_id: {error}") from None
+    async with find_ledger(request).read() as connection:
+        await sessions.as_party(connection, caller, escrow_id)
+
+
+def _position(request: Request, head: int) -> Position:
+    """After which event the stream goes on; without one, after the newest."""
+    text = request.headers.get("last-event-id", "")
+    if not text:
+        return head + 1, -1
+    found = _EVENT_ID.fullmatch(text)
+    if found is None or int(found[1]) > head:
+        raise Refused(422, "invalid_request", "Last-Event-ID is the id of an event")
+    return int(found[1]), int(found[2] or 0)
+
+
+ROUTES: Routes = (
+    ("GET", "/escrow/{escrow_id}/history", READ, show_history),
+    ("POST", "/escrow/{escrow_id}/pause", f"{SPEND} {PROVIDE}", _telling(PAUSE)),
+    ("POST", "/escrow/{escrow_id}/resume", f"{SPEND} {PROVIDE}", _telling(RESUME)),
+    ("GET", "/events", READ, stream_events),
+)

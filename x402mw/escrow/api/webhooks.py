@@ -1,0 +1,117 @@
+"""Routes about webhooks: each agent's own."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from x402mw.escrow.access import READ
+from x402mw.escrow.api.shared import (
+    MANAGING,
+    Routes,
+    change,
+    find_caller,
+    find_ledger,
+    path_id,
+)
+from x402mw.escrow.bodies import Body, EscrowId, printable
+from x402mw.escrow.errors import not_found
+from x402mw.escrow.events import webhooks
+from x402mw.escrow.events.derive import NAMES
+from x402mw.escrow.transactions import Transaction
+
+URL_CHARACTERS_MAX = 2048
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"an event is one of {', '.join(NAMES)}")
+    return name
+
+
+class NewWebhook(Body):
+    """`POST /webhooks`; no events means all of them."""
+
+    url: Annotated[str, Field(max_length=URL_CHARACTERS_MAX), AfterValidator(printable)]
+    events: Annotated[
+        list[Annotated[str, AfterValidator(_known)]],
+        Field(max_length=len(NAMES), default_factory=list),
+    ]
+    escrow_id: EscrowId | None = None
+
+
+async def create_webhook(request: Request) -> Response:
+    """POST /webhooks."""
+
+    async def create(tx: Transaction, caller: str, body: NewWebhook) -> dict[str, Any]:
+        events = tuple(dict.fromkeys(body.events))
+        return await webhooks.create(tx, caller, body.url, events, body.escrow_id)
+
+    return await change(request, NewWebhook, create, status=201)
+
+
+async def list_webhooks(request: Request) -> Response:
+    """GET /webhooks."""
+    caller = await find_caller(request)
+    async with find_ledger(request).read() as connection:
+        return JSONResponse(await webhooks.show_all(connection, caller))
+
+
+async def delete_webhook(request: Request) -> Response:
+    """DELETE /webhooks/{id}."""
+    webhook_id = path_id(request, "webhook_id", webhooks.WEBHOOK_ID)
+
+    async def remove(tx: Transaction, caller: str, _body: Body) -> dict[str, Any]:
+        return await webhooks.remove(tx, caller, webhook_id)
+
+    return await change(request, Body, remove)
+
+
+async def rotate_webhook(request: Request) -> Response:
+    """POST /webhooks/{id}/rotate."""
+    webhook_id = path_id(request, "webhook_id", webhooks.WEBHOOK_ID)
+
+    async def rotate(tx: Transaction, caller: str, _body: Body) -> dict[str, Any]:
+        return await webhooks.rotate(tx, caller, webhook_id)
+
+    return await change(request, Body, rotate)
+
+
+async def list_deliveries(request: Request) -> Response:
+    """GET /webhooks/{id}/deliveries."""
+    caller = await find_caller(request)
+    webhook_id = path_id(request, "webhook_id", webhooks.WEBHOOK_ID)
+    async with find_ledger(request).read() as connection:
+        return JSONResponse(await webhooks.show_deliveries(connection, caller, webhook_id))
+
+
+async def redeliver(request: Request) -> Response:
+    """POST /webhooks/{id}/deliveries/{event_id}/redeliver."""
+    webhook_id = path_id(request, "webhook_id", webhooks.WEBHOOK_ID)
+    seq, part = _event_number(request.path_params["event_id"])
+
+    async def again(tx: Transaction, caller: str, _body: Body) -> dict[str, Any]:
+        return await webhooks.redeliver(tx, caller, webhook_id, seq, part)
+
+    return await change(request, Body, again)
+
+
+def _event_number(text: str) -> tuple[int, int]:
+    seq, _, part = text.partition(".")
+    if not all(
+        each.isdecimal() and each.isascii() and len(each) < 18 for each in (seq, part or "0")
+    ):
+        raise not_found()
+    return int(seq), int(part or "0")
+
+
+_ONE = "/webhooks/{webhook_id}"
+ROUTES: Routes = (
+    ("POST", "/webhooks", MANAGING, create_webhook),
+    ("GET", "/webhooks", READ, list_webhooks),
+    ("DELETE", _ONE, MANAGING, delete_webhook),
+    ("POST", _ONE + "/rotate", MANAGING, rotate_webhook),
+    ("GET", _ONE + "/deliveries", READ, list_deliveries),
+    ("POST", _ONE + "/deliveries/{event_id}/redeliver", MANAGING, redeliver),
+)

@@ -1,0 +1,165 @@
+"""The live stream of events: read once for this process, handed to every stream they concern.
+
+A stream that is new, or too slow for what is kept for it, reads the log by itself up to where the
+feed is, and goes on from there: so none is missed and none comes twice.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from x402mw.escrow.errors import Refused
+from x402mw.escrow.events.derive import Told
+from x402mw.escrow.events.log import find_head, read_events
+from x402mw.escrow.events.news import Ear
+from x402mw.escrow.ledger import Ledger
+
+_log = logging.getLogger("x402mw.escrow")
+STREAMS_PER_AGENT = 8
+STREAMS_MAX = 1000
+KEPT_MAX = 1000
+KEEP_ALIVE_SECONDS = 15
+Position = tuple[int, int]
+
+
+class Reader:
+    """One stream: what is kept for it until it is sent."""
+
+    def __init__(self, agent_id: str, escrow_id: str | None) -> None:
+        self.agent_id = agent_id
+        self.escrow_id = escrow_id
+        self.kept: deque[Told] = deque()
+        self.behind = True
+        self.ear = Ear()
+
+    def wants(self, told: Told) -> bool:
+        """Tells whether an event is for this stream."""
+        return self.agent_id in told.parties and self.escrow_id in (None, told.escrow_id)
+
+    def keep(self, told: Told) -> None:
+        """Keeps an event, unless there are too many: then the log has them."""
+        if not self.behind and self.wants(told):
+            self.kept.append(told)
+            if len(self.kept) > KEPT_MAX:
+                self.kept.clear()
+                self.behind = True
+            self.ear.wake()
+
+
+class Feed:
+    """Reads the log for all streams of this process."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ended = False
+        self._ledger = ledger
+        self._at = 0
+        self._readers: dict[str, set[Reader]] = {}
+        self._count = 0
+        self._ear: Ear | None = None
+        # Set while the feed follows the log: not when nobody listens.
+        self._live = asyncio.Event()
+
+    async def run(self) -> None:
+        """Reads as long as anybody listens, until cancelled."""
+        with self._ledger.news.listen() as ear:
+            self._ear = ear
+            while True:
+                try:
+                    moved = await self._read()
+                except Exception as error:
+                    _log.warning("streams of events wait: %s", type(error).__name__)
+                    moved = False
+                if not moved:
+                    await ear.wait()
+
+    async def _read(self) -> bool:
+        """Hands out the next events; tells whether there were any entries."""
+        if not self._readers:
+            self._live.clear()
+            return False
+        if not self._live.is_set():
+            self._at = await self.head()
+            self._live.set()
+        async with self._ledger.read() as connection:
+            read = await read_events(connection, self._at)
+        for told in read.events:
+            for agent_id in told.parties:
+                for reader in self._readers.get(agent_id, ()):
+                    reader.keep(told)
+        moved, self._at = read.upto > self._at, read.upto
+        return moved
+
+    def check_room(self, agent_id: str) -> None:
+        """Refuses an agent that has too many streams already."""
+        mine = self._readers.get(agent_id, ())
+        if len(mine) >= STREAMS_PER_AGENT or self._count >= STREAMS_MAX:
+            detail = f"an agent has at most {STREAMS_PER_AGENT} streams of events"
+            raise Refused(429, "too_many_streams", detail)
+
+    @contextmanager
+    def open(self, agent_id: str, escrow_id: str | None) -> Iterator[Reader]:
+        """A new stream, if the agent has not too many."""
+        self.check_room(agent_id)
+        mine = self._readers.setdefault(agent_id, set())
+        reader = Reader(agent_id, escrow_id)
+        mine.add(reader)
+        self._count += 1
+        if self._ear is not None:
+            self._ear.wake()
+        try:
+            yield reader
+        finally:
+            self._count -= 1
+            mine.discard(reader)
+            if not mine:
+                self._readers.pop(agent_id, None)
+
+    async def follow(self, reader: Reader, since: Position) -> AsyncIterator[Told | None]:
+        """Events after a position, for ever; None when nothing happened for a while."""
+        position = since
+        while not self.ended:
+            if reader.behind:
+                async for told in self._catch_up(reader, position):
+                    position = told.seq, told.part
+                    yield told
+            quiet = not reader.kept
+            while reader.kept:
+                told = reader.kept.popleft()
+                if (told.seq, told.part) > position:
+                    position = told.seq, told.part
+                    yield told
+            if quiet and not reader.behind:
+                yield None
+            if not (reader.behind or reader.kept or self.ended):
+                await reader.ear.wait(KEEP_ALIVE_SECONDS)
+
+    async def head(self) -> int:
+        """The number of the newest entry."""
+        async with self._ledger.read() as connection:
+            return await find_head(connection)
+
+    async def _catch_up(self, reader: Reader, position: Position) -> AsyncIterator[Told]:
+        """What the log has after a position; from then on the feed keeps events."""
+        await self._live.wait()
+        reader.kept.clear()
+        reader.behind = False
+        upto, target = position[0] - 1, self._at
+        while upto < target and not self.ended:
+            async with self._ledger.read() as connection:
+                read = await read_events(connection, upto)
+            for told in read.events:
+                if (told.seq, told.part) > position and reader.wants(told):
+                    yield told
+            if read.upto == upto:
+                break
+            upto = read.upto
+
+    def close(self) -> None:
+        """Ends all streams."""
+        self.ended = True
+        self._live.set()
+        for readers in self._readers.values():
+            for reader in readers:
+                reader.ear.wake()

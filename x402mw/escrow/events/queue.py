@@ -1,0 +1,175 @@
+"""What waits to be delivered: made from the log in order, the first of each escrow due.
+
+Everything here is one small statement or two in the caller's transaction, so that a process which
+dies between two of them has lost nothing and delivers again what it had not noted.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from sqlalchemy import Row, delete, func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from x402mw.escrow import schema
+from x402mw.escrow.events.derive import Told
+from x402mw.escrow.events.log import find_head, read_events
+from x402mw.escrow.events.posting import Outcome
+from x402mw.escrow.events.webhooks import ACTIVE, DEAD, DELIVERED, FAILING, WAITING
+from x402mw.escrow.sets import Do, Set, Shape, write
+
+LEASE_SECONDS = 15
+AT_ONCE_PER_WEBHOOK = 8
+RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 5, 60 * 60
+GIVE_UP_SECONDS = 3 * 24 * 60 * 60
+KEPT_SECONDS = 14 * 24 * 60 * 60
+_HOOKS, _SENT, _ONE = schema.webhooks, schema.deliveries, schema.deliverer
+_COLUMNS = (
+    *("webhook_id", "escrow_id", "event", "state", "seq", "part", "attempts", "changed_at"),
+    *("next_at", "outcome", "body", "created_at"),
+)
+_NEW = Shape(Do.INSERT, _SENT, _COLUMNS)
+
+
+class Done(NamedTuple):
+    """One delivery that was tried, and how it ended."""
+
+    row: Row[Any]
+    outcome: Outcome
+
+
+async def hold(connection: AsyncConnection, holder: str, now: int) -> bool:
+    """Takes or keeps the lease: one process delivers."""
+    mine = (_ONE.c.holder == holder) | (_ONE.c.held_until < now)
+    # A lease far ahead was taken on a clock that was wrong.
+    mine |= _ONE.c.held_until > now + 10 * LEASE_SECONDS
+    taken = update(_ONE).where(mine).values(holder=holder, held_until=now + LEASE_SECONDS)
+    return bool((await connection.execute(taken)).rowcount)
+
+
+async def let_go(connection: AsyncConnection, holder: str) -> None:
+    """Ends the lease, so that another need not wait for it."""
+    mine = update(_ONE).where(_ONE.c.holder == holder)
+    await connection.execute(mine.values(holder="", held_until=0))
+
+
+async def has_work(connection: AsyncConnection, now: int) -> bool:
+    """Tells whether there is anything to make or to send."""
+    since = (await connection.execute(select(func.min(_HOOKS.c.since)))).scalar_one()
+    if since is None:
+        return False
+    cursor = (await connection.execute(select(_ONE.c.cursor))).scalar_one()
+    if max(since, cursor) < await find_head(connection):
+        return True
+    due = select(_SENT.c.seq).where(_SENT.c.next_at <= now).limit(1)
+    return (await connection.execute(due)).first() is not None
+
+
+async def fill(connection: AsyncConnection, now: int) -> bool:
+    """Makes deliveries of the next entries; tells whether there are more."""
+    hooks = (await connection.execute(select(_HOOKS))).all()
+    if not hooks:
+        return False
+    cursor = (await connection.execute(select(_ONE.c.cursor))).scalar_one()
+    start = max(cursor, min(row.since for row in hooks))
+    events, upto = await read_events(connection, start)
+    by_agent = defaultdict[str, list[Row[Any]]](list)
+    for row in hooks:
+        by_agent[row.agent_id].append(row)
+    wanted = [
+        (hook.webhook_id, told)
+        for told in events
+        for party in told.parties
+        for hook in by_agent.get(party, ())
+        if _wants(hook, told)
+    ]
+    blocked = await _waiting(connection) if wanted else set()
+    rows = []
+    for webhook_id, told in wanted:
+        due = None if (webhook_id, told.escrow_id) in blocked else now
+        blocked.add((webhook_id, told.escrow_id))
+        rows.append(
+            (webhook_id, told.escrow_id, told.name, WAITING, told.seq, told.part, 0, now, due,
+             None, told.body, now)
+        )  # fmt: skip
+    await write(connection, Set(_NEW, rows))
+    await connection.execute(update(_ONE).values(cursor=upto))
+    return upto < await find_head(connection)
+
+
+def _wants(hook: Row[Any], told: Told) -> bool:
+    return (
+        hook.since < told.seq
+        and hook.escrow_id in (None, told.escrow_id)
+        and (not hook.events or told.name in hook.events.split())
+    )
+
+
+async def _waiting(connection: AsyncConnection) -> set[tuple[str, str]]:
+    # Of what waits, the first of each escrow has a time.
+    heads = select(_SENT.c.webhook_id, _SENT.c.escrow_id).where(_SENT.c.next_at.is_not(None))
+    return set(map(tuple, await connection.execute(heads.distinct())))
+
+
+async def find_due(connection: AsyncConnection, now: int) -> list[Row[Any]]:
+    """What is due, at most so much of one webhook that the others get their turn."""
+    place = func.row_number().over(
+        partition_by=_SENT.c.webhook_id, order_by=(_SENT.c.next_at, _SENT.c.seq, _SENT.c.part)
+    )
+    due = select(_SENT, place.label("place")).where(_SENT.c.next_at <= now).subquery()
+    query = (
+        select(due, _HOOKS.c.url, _HOOKS.c.generation, _HOOKS.c.old_until)
+        .join(_HOOKS, _HOOKS.c.webhook_id == due.c.webhook_id)
+        .where(due.c.place <= AT_ONCE_PER_WEBHOOK)
+        .order_by(due.c.next_at, due.c.seq)
+    )
+    return list((await connection.execute(query)).all())
+
+
+async def settle(connection: AsyncConnection, tried: Iterable[Done], now: int) -> None:
+    """Notes how deliveries ended, and makes the next of each escrow due."""
+    for row, outcome in tried:
+        attempts = row.attempts + 1
+        dead = not outcome.delivered and now - row.created_at >= GIVE_UP_SECONDS
+        state = DELIVERED if outcome.delivered else DEAD if dead else WAITING
+        later = now + wait_seconds(attempts) if state == WAITING else None
+        this = (_SENT.c.webhook_id == row.webhook_id) & (_SENT.c.seq == row.seq)
+        await connection.execute(
+            update(_SENT)
+            .where(this & (_SENT.c.part == row.part) & (_SENT.c.state == WAITING))
+            .values(
+                state=state,
+                attempts=attempts,
+                next_at=later,
+                changed_at=now,
+                outcome=outcome.text,
+            )
+        )
+        if state != WAITING:
+            await _go_on(connection, row, now, FAILING if dead else ACTIVE)
+
+
+def wait_seconds(attempts: int) -> int:
+    """How long until the next attempt: longer each time, and not all at the same moment."""
+    most = min(RETRY_MOST_SECONDS, RETRY_FIRST_SECONDS * 2 ** min(attempts - 1, 20))
+    return random.randint(most // 2 + 1, most)  # noqa: S311 (nobody gains by guessing it)
+
+
+async def _go_on(connection: AsyncConnection, row: Row[Any], now: int, status: str) -> None:
+    same = (_SENT.c.webhook_id == row.webhook_id) & (_SENT.c.escrow_id == row.escrow_id)
+    waiting = select(_SENT.c.seq, _SENT.c.part).where(same, _SENT.c.state == WAITING)
+    waiting = waiting.order_by(_SENT.c.seq, _SENT.c.part).limit(1)
+    following = (await connection.execute(waiting)).first()
+    if following is not None:
+        this = (_SENT.c.seq == following.seq) & (_SENT.c.part == following.part)
+        first = update(_SENT).where(same & this & _SENT.c.next_at.is_(None))
+        await connection.execute(first.values(next_at=now))
+    changed = (_HOOKS.c.webhook_id == row.webhook_id) & (_HOOKS.c.status != status)
+    await connection.execute(update(_HOOKS).where(changed).values(status=status))
+
+
+async def prune(connection: AsyncConnection, now: int) -> None:
+    """Forgets what was delivered or given up long ago."""
+    old = (_SENT.c.state != WAITING) & (_SENT.c.changed_at < now - KEPT_SECONDS)
+    await connection.execute(delete(_SENT).where(old))

@@ -1,0 +1,152 @@
+"""Webhooks as their owners manage them: made, listed, deleted, rotated, redelivered."""
+
+import secrets
+from typing import Any
+from urllib.parse import urlsplit
+
+from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from x402mw.core import ids
+from x402mw.escrow import schema, sessions
+from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.events.derive import write_id
+from x402mw.escrow.transactions import Transaction
+
+WEBHOOK_ID = "wh_"
+WEBHOOKS_MAX = 20
+DELIVERIES_SHOWN = 100
+OLD_SECRET_SECONDS = 24 * 60 * 60
+ACTIVE, FAILING = "active", "failing"
+WAITING, DELIVERED, DEAD = "waiting", "delivered", "dead"
+_HOOKS, _SENT = schema.webhooks, schema.deliveries
+
+
+def check_url(url: str, *, local: bool) -> None:
+    """Refuses what cannot be a target; its address is checked again when connecting."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise _bad_url("this is no URL") from None
+    if not parts.hostname or "@" in parts.netloc or parts.fragment or port == 0:
+        raise _bad_url("a webhook's URL has a host, and no user or fragment")
+    if parts.scheme != "https" and not (local and parts.scheme == "http"):
+        raise _bad_url("a webhook's URL begins with https://")
+
+
+def _bad_url(detail: str) -> Refused:
+    return Refused(422, "invalid_request", f"url: {detail}")
+
+
+async def create(
+    tx: Transaction, caller: str, url: str, events: tuple[str, ...], escrow_id: str | None
+) -> dict[str, Any]:
+    """Makes a webhook that is told what happens from now on; its secret is shown once."""
+    check_url(url, local=tx.settings.local_webhooks)
+    if escrow_id is not None:
+        await sessions.as_party(tx.connection, caller, escrow_id)
+    mine = select(func.count()).select_from(_HOOKS).where(_HOOKS.c.agent_id == caller)
+    if (await tx.connection.execute(mine)).scalar_one() >= WEBHOOKS_MAX:
+        raise Refused(409, "too_many_webhooks", f"an agent has at most {WEBHOOKS_MAX} webhooks")
+    webhook_id = ids.format_id(WEBHOOK_ID, secrets.token_bytes(ids.ID_BYTES))
+    row = {
+        "webhook_id": webhook_id,
+        "agent_id": caller,
+        "url": url,
+        "events": " ".join(events),
+        "escrow_id": escrow_id,
+        "status": ACTIVE,
+        "generation": 1,
+        "created_at": tx.now,
+        "since": tx.service.entry_seq,
+    }
+    await tx.connection.execute(insert(_HOOKS).values(row))
+    tx.note("webhook_created", data={"webhook_id": webhook_id})
+    secret = tx.signer.webhook_secret(webhook_id, 1)
+    return {**describe(await _find(tx.connection, caller, webhook_id)), "secret": secret}
+
+
+def describe(row: Row[Any]) -> dict[str, Any]:
+    """A webhook as its owner sees it."""
+    return {
+        "webhook_id": row.webhook_id,
+        "url": row.url,
+        "events": row.events.split(),
+        "escrow_id": row.escrow_id,
+        "status": row.status,
+        "created_at": row.created_at,
+    }
+
+
+async def _find(connection: AsyncConnection, caller: str, webhook_id: str) -> Row[Any]:
+    query = select(_HOOKS).where(_HOOKS.c.webhook_id == webhook_id, _HOOKS.c.agent_id == caller)
+    row = (await connection.execute(query)).first()
+    if row is None:
+        raise not_found()
+    return row
+
+
+async def show_all(connection: AsyncConnection, caller: str) -> dict[str, Any]:
+    """All webhooks of an agent, oldest first."""
+    query = select(_HOOKS).where(_HOOKS.c.agent_id == caller)
+    rows = await connection.execute(query.order_by(_HOOKS.c.created_at, _HOOKS.c.webhook_id))
+    return {"items": [describe(row) for row in rows]}
+
+
+async def remove(tx: Transaction, caller: str, webhook_id: str) -> dict[str, Any]:
+    """Deletes a webhook, with all that it was not told yet."""
+    row = await _find(tx.connection, caller, webhook_id)
+    await tx.connection.execute(delete(_SENT).where(_SENT.c.webhook_id == webhook_id))
+    await tx.connection.execute(delete(_HOOKS).where(_HOOKS.c.webhook_id == webhook_id))
+    tx.note("webhook_deleted", data={"webhook_id": webhook_id})
+    return describe(row)
+
+
+async def rotate(tx: Transaction, caller: str, webhook_id: str) -> dict[str, Any]:
+    """Makes the next secret; for a day deliveries are signed with both."""
+    row = await _find(tx.connection, caller, webhook_id)
+    generation, until = row.generation + 1, tx.now + OLD_SECRET_SECONDS
+    changed = update(_HOOKS).where(_HOOKS.c.webhook_id == webhook_id)
+    await tx.connection.execute(changed.values(generation=generation, old_until=until))
+    tx.note("webhook_rotated", data={"webhook_id": webhook_id})
+    secret = tx.signer.webhook_secret(webhook_id, generation)
+    return {**describe(row), "secret": secret, "old_secret_until": until}
+
+
+async def show_deliveries(
+    connection: AsyncConnection, caller: str, webhook_id: str
+) -> dict[str, Any]:
+    """The newest deliveries of a webhook, dead ones among them."""
+    await _find(connection, caller, webhook_id)
+    newest = select(_SENT).where(_SENT.c.webhook_id == webhook_id)
+    newest = newest.order_by(_SENT.c.seq.desc(), _SENT.c.part.desc()).limit(DELIVERIES_SHOWN)
+    return {"items": [_describe_delivery(row) for row in await connection.execute(newest)]}
+
+
+def _describe_delivery(row: Row[Any]) -> dict[str, Any]:
+    return {
+        "event_id": write_id(row.seq, row.part),
+        "event": row.event,
+        "escrow_id": row.escrow_id or None,
+        "state": row.state,
+        "attempts": row.attempts,
+        "outcome": row.outcome,
+        "created_at": row.created_at,
+        "changed_at": row.changed_at,
+        "next_at": row.next_at,
+    }
+
+
+async def redeliver(
+    tx: Transaction, caller: str, webhook_id: str, seq: int, part: int
+) -> dict[str, Any]:
+    """Sends one event again as soon as possible, whatever became of it."""
+    await _find(tx.connection, caller, webhook_id)
+    this = (_SENT.c.webhook_id == webhook_id) & (_SENT.c.seq == seq) & (_SENT.c.part == part)
+    row = (await tx.connection.execute(select(_SENT).where(this))).first()
+    if row is None:
+        raise not_found()
+    again = {"state": WAITING, "next_at": tx.now, "created_at": tx.now, "changed_at": tx.now}
+    await tx.connection.execute(update(_SENT).where(this).values(again))
+    return _describe_delivery((await tx.connection.execute(select(_SENT).where(this))).one())
