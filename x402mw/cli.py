@@ -17,7 +17,7 @@ try:
 except ImportError:  # pragma: no cover (needs an environment without the extra)
     sys.exit('the x402mw command needs its extras: pip install "x402mw[demo]"')
 
-from x402mw import cli_accounts, cli_audit
+from x402mw import cli_accounts, cli_audit, cli_books
 from x402mw.cli_shared import DATABASE, Database, check_exists, fail, run
 from x402mw.core.amounts import to_atomic
 from x402mw.core.errors import X402mwError
@@ -156,6 +156,7 @@ def _with_ledger(db: str, use: "Callable[[Ledger], Awaitable[Result]]") -> Resul
 
 
 cli_accounts.add_commands(escrow, _with_ledger)
+cli_books.add_commands(app, escrow)
 
 
 def _root_seed(db: str, *, may_create: bool) -> bytes:

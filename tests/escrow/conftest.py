@@ -42,7 +42,7 @@ def db(request: pytest.FixtureRequest, tmp_path: Path, empty_file: Path) -> Iter
 def empty_db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database with nothing in it, of each kind."""
     if request.param == "sqlite":
-        yield str(tmp_path / "escrow.db")
+        yield str(tmp_path / "empty.db")
     else:
         with fresh_database() as url:
             yield url
