@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from x402mw.core.amounts import Atomic, display
 from x402mw.escrow import schema
 from x402mw.escrow.rules import manual
-from x402mw.escrow.rules.manual import Agreement, Dispute, Part, PartState
+from x402mw.escrow.rules.agreement import Agreement, Dispute, Part, PartState
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import Escrow
 from x402mw.escrow.transactions import Transaction
@@ -217,10 +217,14 @@ def describe_dispute(row: Any) -> dict[str, Any]:
     }
 
 
-async def pass_time(tx: Transaction, escrow: Escrow, now: int) -> Escrow:
-    """Does everything that time has done to a manual escrow by now, each at its nominal second."""
-    agreement = await load(tx.connection, escrow)
-    while (timer := manual.next_timer(agreement)) is not None and timer[0] <= now:
-        after, event, when = manual.pass_time(agreement)
-        agreement = await keep(tx, agreement, after, event, effective_at=when)
-    return agreement.escrow
+async def pass_time(tx: Transaction, agreement: Agreement, now: int, since: int = 0) -> Agreement:
+    """Does everything that time has done to a manual escrow by now, each at its nominal second.
+
+    Nothing counts before `since`, nor before what a dispute has kept it waiting for.
+    """
+    with tx.by_time():
+        while (timer := manual.next_timer(agreement)) is not None and timer[0] <= now:
+            after, event, when = manual.pass_time(agreement)
+            since = max(since, when)
+            agreement = await keep(tx, agreement, after, event, effective_at=since)
+    return agreement

@@ -78,10 +78,11 @@ async def _apply_to(
     due = await fetch_escrows(tx.connection, query)
     for escrow in due:
         if escrow.kind == MANUAL:
-            await agreements.pass_time(tx, escrow, now)
+            await agreements.pass_time(tx, await agreements.load(tx.connection, escrow), now)
             continue
         nominal = effective_deadline(escrow.due_at or 0, up_since)
-        tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, nominal)
+        with tx.by_time():
+            tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, nominal)
     await tx.flush()
     return len(due)
 

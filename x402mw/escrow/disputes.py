@@ -95,7 +95,7 @@ async def resolve(
     if arbiter in (escrow.buyer, escrow.provider, *payees):
         raise Refused(403, "arbiter_is_party", "an arbiter decides between others")
     before = await agreements.load(tx.connection, escrow)
-    after = manual.resolve(before, wish.to_provider, wish.to_buyer)
+    after = manual.resolve(before, wish.to_provider, wish.to_buyer, tx.now)
     return await keep(tx, before, after, Event.RESOLVE, reason=wish.reason, arbiter=arbiter)
 
 

@@ -22,7 +22,7 @@ from x402mw.escrow.bodies import EXPIRES_SECONDS_MAX
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import find_escrow
 from x402mw.escrow.rules import manual, money
-from x402mw.escrow.rules.manual import WHOLE, Agreement, Part
+from x402mw.escrow.rules.agreement import WHOLE, Agreement, Part
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import MANUAL, Escrow, Phase, new_escrow
 from x402mw.escrow.sessions import as_party, check_lock, describe
@@ -155,9 +155,12 @@ async def reject(
 ) -> Answer:
     """Does not take a delivery; the provider may deliver again."""
     before = await as_buyer(tx, caller, escrow_id)
-    number = find_part(before, wish.milestone).number
-    after = manual.reject(before, number)
-    return await keep(tx, before, after, Event.REJECT, part=number, reason=wish.reason)
+    part = find_part(before, wish.milestone)
+    after = manual.reject(before, part.number)
+    # A dispute over other money may keep a delivery waiting beyond the end of its review.
+    if part.review_until is not None and tx.now >= part.review_until:
+        raise Refused(409, "expired", "reject is not possible after review_until")
+    return await keep(tx, before, after, Event.REJECT, part=part.number, reason=wish.reason)
 
 
 async def extend(tx: Transaction, caller: str, escrow_id: str, seconds: int) -> Answer:
@@ -305,10 +308,14 @@ def find_part(agreement: Agreement, name: str | None) -> Part:
 async def keep(
     tx: Transaction, before: Agreement, after: Agreement, event: Event, **said: Any
 ) -> Answer:
-    """Writes what an operation came to, and shows it; nothing changed is nothing written."""
+    """Writes what an operation came to, and shows it; nothing changed is nothing written.
+
+    What had only waited for it, as a deadline does for the end of a dispute, happens at once.
+    """
     if after == before:
         return await show(tx.connection, before.escrow, before)
     kept = await agreements.keep(tx, before, after, event, **said)
+    kept = await agreements.pass_time(tx, kept, tx.now, since=tx.now)
     return await show(tx.connection, kept.escrow, kept)
 
 

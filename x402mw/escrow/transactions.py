@@ -6,7 +6,8 @@ collect what they want (`save`, `post`); `flush` writes it, `discard` forgets it
 operation therefore leaves no row different (I10).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
@@ -104,6 +105,15 @@ class Transaction:
         row = (await connection.execute(_LOCK)).one()
         service = Service(**row._mapping)  # noqa: SLF001 (its documented name)
         return cls(connection, service, now=now, settings=settings, signer=signer)
+
+    @contextmanager
+    def by_time(self) -> Iterator[None]:
+        """Within, what is entered has no actor: time does it, whoever sees it first."""
+        actor, self.actor = self.actor, None
+        try:
+            yield
+        finally:
+            self.actor = actor
 
     # What an operation wants.
 

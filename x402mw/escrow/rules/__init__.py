@@ -4,9 +4,10 @@ Rules M1 and 3 to 6 of `docs/money.md`. Nothing here reads a clock or a database
 a new value from an old one, and `money.transfers` tells which money that difference moves, so the
 books can never disagree with the state.
 
-    values    an escrow, its statuses, and a movement of money
-    table     the one transition table of both kinds
-    money     fee, referral and revenue split; the movements between two states
-    session   vouchers: L and R only grow until the close
-    manual    the buyer releases: milestones, deliveries, disputes, conditions
+    values     an escrow, its statuses, and a movement of money
+    table      the one transition table of both kinds
+    money      fee, referral and revenue split; the movements between two states
+    session    vouchers: L and R only grow until the close
+    agreement  what a manual escrow is: parts, dispute, carry
+    manual     the buyer releases: milestones, deliveries, disputes, conditions
 """

@@ -3,83 +3,19 @@
     create ─> open <─> delivered ─> ...         every unit ends in R (paid) or F (refunded);
                └─ dispute ─> disputed ─> ...    nothing held = ended
 
-Parts are the milestones; an escrow without any has one part, number 0, that is all of it. Amounts
-finer than a unit are carried until whole units can move (M4).
+Amounts finer than a unit are carried until whole units can move (M4). What parts and disputes are
+stands in `agreement`.
 """
 
-from enum import Enum
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from x402mw.core.amounts import ZERO, Atomic, atomic
 from x402mw.escrow.rules import table
+from x402mw.escrow.rules.agreement import WHOLE, Agreement, Dispute, Part, PartState
 from x402mw.escrow.rules.money import raised
 from x402mw.escrow.rules.table import Event, InvalidState, NotCovered
-from x402mw.escrow.rules.values import RELEASE, Escrow, ended_status
-
-WHOLE = 0
-"""The number of the one part of an escrow without milestones."""
-
-
-class PartState(Enum):
-    """How far a milestone is."""
-
-    PENDING = "pending"
-    DELIVERED = "delivered"
-    REJECTED = "rejected"
-    PAID = "paid"
-
-
-class Part(NamedTuple):
-    """A milestone. `amount` is what it is worth (of part 0: all that is free at the time).
-
-    `review_until` is when a delivery that nobody answered is paid, None if never.
-    """
-
-    number: int
-    name: str
-    amount: Atomic
-    state: PartState = PartState.PENDING
-    proof: str = ""
-    review_until: int | None = None
-
-
-class Dispute(NamedTuple):
-    """An open dispute over D of the escrow; `part` is the milestone it is about, if one."""
-
-    number: int
-    opener: str
-    part: int | None
-    opened_at: int
-    deadline: int
-
-
-class Agreement(NamedTuple):
-    """A manual escrow with all that its two kinds of columns do not hold.
-
-    `carry` (0 <= carry < 1) is what was released below a whole unit, in units.
-    """
-
-    escrow: Escrow
-    parts: tuple[Part, ...]
-    carry: Fraction = Fraction(0)
-    review_seconds: int | None = None
-    dispute: Dispute | None = None
-
-    @property
-    def under_review(self) -> int:
-        """What is delivered and not yet answered; the buyer alone may not take it back."""
-        delivered = [part for part in self.parts if part.state is PartState.DELIVERED]
-        return min(self.escrow.free, sum(self.worth(part) for part in delivered))
-
-    def worth(self, part: Part) -> int:
-        """What a part is paid with: its amount, or all that is free."""
-        return self.escrow.free if part.number == WHOLE else part.amount
-
-    def find(self, number: int) -> Part:
-        """The part with this number; raises `KeyError`."""
-        return {part.number: part for part in self.parts}[number]
-
+from x402mw.escrow.rules.values import RELEASE, ended_status
 
 # The buyer's money in and out.
 
@@ -111,10 +47,7 @@ def release_up_to(agreement: Agreement, cumulative: Fraction) -> Agreement:
 
 def release_all(agreement: Agreement) -> Agreement:
     """Pays all that is free, and drops the carry."""
-    table.check(agreement.escrow, Event.RELEASE)
-    if not agreement.escrow.free:
-        raise NotCovered("free", 0)
-    return _pay(agreement, Event.RELEASE, agreement.escrow.free, reason="release")
+    return _pay_all(agreement, Event.RELEASE)
 
 
 def settle(agreement: Agreement, released: Atomic, refunded: Atomic) -> Agreement:
@@ -124,7 +57,7 @@ def settle(agreement: Agreement, released: Atomic, refunded: Atomic) -> Agreemen
 
 def meet_condition(agreement: Agreement) -> Agreement:
     """The outcome that was agreed on was presented: pays all that is free."""
-    return _pay(agreement, Event.CONDITION, agreement.escrow.free, reason="release")
+    return _pay_all(agreement, Event.CONDITION)
 
 
 def refund(agreement: Agreement, amount: Atomic | None) -> Agreement:
@@ -175,7 +108,10 @@ def approve(agreement: Agreement, number: int) -> Agreement:
     part = agreement.find(number)
     states = (PartState.PENDING, PartState.DELIVERED, PartState.REJECTED)
     _check_part(agreement, part, Event.APPROVE, *states)
-    return _pay_part(agreement, part, Event.APPROVE, agreement.worth(part))
+    amount = agreement.worth(part)
+    if not amount:
+        raise NotCovered("free", 0)
+    return _pay_part(agreement, part, Event.APPROVE, amount)
 
 
 def reject(agreement: Agreement, number: int) -> Agreement:
@@ -188,14 +124,16 @@ def reject(agreement: Agreement, number: int) -> Agreement:
 
 def _check_part(agreement: Agreement, part: Part, event: Event, *states: PartState) -> None:
     table.check(agreement.escrow, event)
-    held = agreement.dispute is not None and agreement.dispute.part == part.number
+    held = agreement.holds(part)
     if held or part.state not in states:
         raise InvalidState("disputed" if held else part.state.value, event)
 
 
 def _pay_part(agreement: Agreement, part: Part, event: Event, amount: int) -> Agreement:
-    paid = part._replace(state=PartState.PAID, review_until=None)
-    return _pay(_with_part(agreement, paid), event, amount, reason="release")
+    # What a dispute holds of an escrow without milestones is still to be delivered and paid.
+    if part.number != WHOLE or amount == agreement.escrow.remaining:
+        part = part._replace(state=PartState.PAID, review_until=None)
+    return _pay(_with_part(agreement, part), event, amount, reason="release")
 
 
 def _with_part(agreement: Agreement, changed: Part) -> Agreement:
@@ -216,20 +154,30 @@ def dispute(
     now: int,
     deadline: int,
 ) -> Agreement:
-    """Either party holds back an amount until an arbiter decides; the rest keeps working."""
+    """Either party holds back an amount until an arbiter decides; the rest keeps working.
+
+    A milestone is held as a whole: what a dispute left of it would belong to no part any more.
+    """
     escrow = agreement.escrow
     table.check(escrow, Event.DISPUTE)
     if part is None and agreement.parts[0].number == WHOLE and amount in (None, escrow.free):
         part = WHOLE
-    if part is not None and agreement.find(part).state is PartState.PAID:
-        raise InvalidState(PartState.PAID.value, Event.DISPUTE)
-    if amount is None:
-        wanted = escrow.free if part is None else agreement.worth(agreement.find(part))
-        amount = Atomic(min(wanted, escrow.free))
-    if not 0 < amount <= escrow.free:
+    held = escrow.free if amount is None else amount
+    if part is not None:
+        held = _all_of_part(agreement, agreement.find(part), amount)
+    if not 0 < held <= escrow.free:
         raise NotCovered("free", escrow.free)
     opened = Dispute(number, opener, part, now, deadline)
-    return _happen(agreement._replace(dispute=opened), Event.DISPUTE, disputed=amount)
+    return _happen(agreement._replace(dispute=opened), Event.DISPUTE, disputed=held)
+
+
+def _all_of_part(agreement: Agreement, part: Part, amount: Atomic | None) -> Atomic:
+    if part.state is PartState.PAID:
+        raise InvalidState(part.state.value, Event.DISPUTE)
+    whole = atomic(min(agreement.worth(part), agreement.escrow.free))
+    if amount not in (None, whole):
+        raise NotCovered("in this milestone, which is disputed as a whole", whole)
+    return whole
 
 
 def check_evidence(agreement: Agreement) -> None:
@@ -246,34 +194,45 @@ def withdraw(agreement: Agreement, now: int) -> Agreement:
         if part.review_until is not None:
             later = part.review_until + now - opened.opened_at
             agreement = _with_part(agreement, part._replace(review_until=later))
-    return _happen(agreement._replace(dispute=None), Event.WITHDRAW, disputed=ZERO)
+    return _happen(_end_dispute(agreement, now), Event.WITHDRAW)
 
 
-def resolve(agreement: Agreement, to_provider: Atomic, to_buyer: Atomic) -> Agreement:
+def resolve(agreement: Agreement, to_provider: Atomic, to_buyer: Atomic, now: int) -> Agreement:
     """An arbiter decides: both shares together are what is disputed."""
     table.check(agreement.escrow, Event.RESOLVE)
     if to_provider + to_buyer != agreement.escrow.disputed:
         raise NotCovered("disputed, to be shared in full", agreement.escrow.disputed)
-    return _decide(agreement, Event.RESOLVE, to_provider, to_buyer, "dispute_resolved")
+    return _decide(agreement, Event.RESOLVE, (to_provider, to_buyer), "dispute_resolved", now)
 
 
-def _leave_undecided(agreement: Agreement) -> Agreement:
+def _leave_undecided(agreement: Agreement, now: int) -> Agreement:
     """Nobody decided in time: what expiry would do is done with D."""
     held = agreement.escrow.disputed
-    paid = held if agreement.escrow.on_expiry == RELEASE else ZERO
-    return _decide(agreement, Event.UNDECIDED, paid, Atomic(held - paid), "undecided")
+    shares = (held, ZERO) if agreement.escrow.on_expiry == RELEASE else (ZERO, held)
+    return _decide(agreement, Event.UNDECIDED, shares, "undecided", now)
 
 
 def _decide(
-    agreement: Agreement, event: Event, paid: Atomic, sent_home: Atomic, reason: str
+    agreement: Agreement, event: Event, shares: tuple[Atomic, Atomic], reason: str, now: int
 ) -> Agreement:
     opened = _open_dispute(agreement)
     if opened.part is not None:
-        part = agreement.find(opened.part)._replace(state=PartState.PAID, review_until=None)
+        # What came in since a dispute over everything is still to be delivered and paid.
+        more = opened.part == WHOLE and agreement.escrow.free
+        state = PartState.PENDING if more else PartState.PAID
+        part = agreement.find(opened.part)._replace(state=state, review_until=None)
         agreement = _with_part(agreement, part)
-    escrow = agreement.escrow._replace(disputed=ZERO)
-    free = agreement._replace(escrow=escrow, dispute=None)
-    return _pay(free, event, paid, sent_home, reason=reason)
+    return _pay(_end_dispute(agreement, now), event, *shares, reason=reason)
+
+
+def _end_dispute(agreement: Agreement, now: int) -> Agreement:
+    """Nothing is disputed any more; reviews that waited for it end now."""
+    parts = tuple(
+        part._replace(review_until=max(part.review_until, now)) if part.review_until else part
+        for part in agreement.parts
+    )
+    free = agreement.escrow._replace(disputed=ZERO)
+    return agreement._replace(escrow=free, parts=parts, dispute=None)
 
 
 def _open_dispute(agreement: Agreement) -> Dispute:
@@ -294,7 +253,9 @@ def next_timer(agreement: Agreement) -> tuple[int, Event, int] | None:
     if not escrow.remaining:
         return None
     timers = [
-        (part.review_until or 0, 0, Event.REVIEW_END, part.number) for part in _timed(agreement)
+        (part.review_until or 0, 0, Event.REVIEW_END, part.number)
+        for part in agreement.reviewed
+        if not agreement.waits(part)
     ]
     if opened is not None:
         timers.append((opened.deadline, 1, Event.UNDECIDED, WHOLE))
@@ -304,21 +265,9 @@ def next_timer(agreement: Agreement) -> tuple[int, Event, int] | None:
     return when, event, number
 
 
-def _timed(agreement: Agreement) -> list[Part]:
-    """The deliveries that are paid unless somebody answers in time."""
-    held = None if agreement.dispute is None else agreement.dispute.part
-    return [
-        part
-        for part in agreement.parts
-        if part.state is PartState.DELIVERED
-        and part.review_until is not None
-        and part.number != held
-    ]
-
-
 def _expiring(agreement: Agreement) -> int:
     """What expiry would move: all that is free, but for deliveries whose review still runs."""
-    return max(0, agreement.escrow.free - sum(map(agreement.worth, _timed(agreement))))
+    return max(0, agreement.escrow.free - sum(map(agreement.worth, agreement.reviewed)))
 
 
 def pass_time(agreement: Agreement) -> tuple[Agreement, Event, int]:
@@ -332,7 +281,7 @@ def pass_time(agreement: Agreement) -> tuple[Agreement, Event, int]:
         amount = min(agreement.worth(part), agreement.escrow.free)
         return _pay_part(agreement, part, event, amount), event, when
     if event is Event.UNDECIDED:
-        return _leave_undecided(agreement), event, when
+        return _leave_undecided(agreement, when), event, when
     return _expire(agreement), event, when
 
 
@@ -352,6 +301,13 @@ def _pay_exact(agreement: Agreement, event: Event, amount: Fraction) -> Agreemen
         raise NotCovered("free", agreement.escrow.free)
     whole = exact.numerator // exact.denominator
     return _pay(agreement._replace(carry=exact - whole), event, whole, reason="release")
+
+
+def _pay_all(agreement: Agreement, event: Event) -> Agreement:
+    table.check(agreement.escrow, event)
+    if not agreement.escrow.free:
+        raise NotCovered("free", 0)
+    return _pay(agreement, event, agreement.escrow.free, reason="release")
 
 
 def _pay(
