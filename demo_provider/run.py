@@ -286,7 +286,7 @@ async def close_books(market: Market) -> Books:
     """Closes every session at the provider, which redeems, and reads the escrow's books."""
     before = await market.seller.me()
     await market.wallet.aclose()
-    sessions = (await market.buyer.list(role="buyer")).items
+    sessions = (await market.buyer.list_escrows(role="buyer")).items
     unfinished = [one for one in sessions if one.remaining]
     require(not unfinished, f"{len(unfinished)} sessions still hold money")
     after = await market.seller.me()

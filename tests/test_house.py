@@ -33,7 +33,7 @@ IMPURE = re.compile(
     r"|^open|^print|^input|^time\.\w+|^os\.\w+|^random\.\w+|^secrets\.\w+|^uuid\.\w+)$"
 )
 SETTINGS = {"x402mw/cli.py", "x402mw/provider/settings.py"}
-ESCROW_API = ("x402mw_client.escrow", "x402mw_client.operations")
+ESCROW_API = ("x402mw_client.escrow", "x402mw_client.operations", "x402mw_client.records")
 REGISTRIES = re.compile(r"(pypi|pythonhosted|npmjs|crates)\.(org|io|com)|proxy\.golang\.org")
 MACHINE_PATHS = re.compile(r"(?<![\w.])/(work|root|home/\w+|Users/\w+)/")
 

@@ -22,7 +22,7 @@ from x402mw_client.accounts import accounts_differ, differs, note_totals, proves
 from x402mw_client.answers import Word
 from x402mw_client.events import Events, tell
 from x402mw_client.memory import Busy, Memory, News, Row
-from x402mw_client.operations import EscrowRecord
+from x402mw_client.records import EscrowRecord
 from x402mw_client.sessions import (
     Call,
     Form,

@@ -12,8 +12,8 @@ from x402mw_client import operations
 from x402mw_client.answers import retry_after
 from x402mw_client.control import control
 from x402mw_client.events import tell
-from x402mw_client.operations import EscrowRecord
 from x402mw_client.receipts import ReceiptRefused, read_receipt
+from x402mw_client.records import EscrowRecord
 from x402mw_client.sessions import Session, State
 from x402mw_client.state import WalletState
 from x402mw_client.steps import Ask, Sleep, Story, Together, patiently
@@ -77,7 +77,7 @@ def _tell_receipt(level: int, session: Session, what: str) -> None:
 def _confirm(session: Session, charged: int) -> Story[int | None]:
     """Asks the escrow what a session came to, for a receipt may lie; None if it is not over."""
     try:
-        record: EscrowRecord = yield Ask(operations.get(session.id))
+        record: EscrowRecord = yield Ask(operations.status(session.id))
     except (EscrowRefused, EscrowUnavailable):
         return charged
     if record.status not in OVER:

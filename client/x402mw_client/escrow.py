@@ -1,18 +1,20 @@
 """The escrow's HTTP API, written once for async and sync callers.
 
-`operations` says what can be asked, as plain values; `AsyncEscrowClient` and `EscrowClient` only
-carry that out, and their methods are one table, `_Methods`. Every operation that moves money
-carries an `Idempotency-Key`, so a repeated call can never move it twice; what is safe to repeat is
-repeated a few times before `EscrowUnavailable` is raised.
+`operations`, `manual_operations` and `account_operations` say what can be asked, as plain values;
+`AsyncEscrowClient` and `EscrowClient` only carry that out. Their methods are one table, `_Methods`.
+Every operation that changes something carries an `Idempotency-Key`, so a repeated call can never
+move money twice; what is safe to repeat is repeated a few times before `EscrowUnavailable` is
+raised.
 """
 
 import asyncio
 import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from functools import wraps
+from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
 
 import httpx
 from pydantic import BaseModel
@@ -20,8 +22,11 @@ from pydantic import BaseModel
 from x402mw.core.errors import EscrowRefused, EscrowUnavailable, InsecureOrigin, Malformed
 from x402mw.core.messages import validate
 from x402mw.core.strict import dumps, loads_object
+from x402mw_client import account_operations as accounts
+from x402mw_client import manual_operations as manual
 from x402mw_client import operations
-from x402mw_client.operations import Operation
+from x402mw_client.operations import Listing, Operation, Steps
+from x402mw_client.records import Page
 
 TIMEOUT_SECONDS = 10.0
 PROBLEM = "urn:x402mw:problem:"
@@ -29,6 +34,7 @@ _LOOPBACK = re.compile(r"127(\.[0-9]{1,3}){3}", re.ASCII)
 
 P = ParamSpec("P")
 T = TypeVar("T", bound=BaseModel)
+Made = TypeVar("Made")
 
 
 def check_secure(url: httpx.URL) -> httpx.URL:
@@ -56,27 +62,115 @@ class _Method(Generic[P, T]):
     def __get__(self, escrow: "EscrowClient", owner: type) -> Callable[P, T]: ...
 
     def __get__(self, escrow: "AsyncEscrowClient | EscrowClient", owner: type) -> Callable[P, Any]:
-        return lambda *given, **named: escrow.run(self._build(*given, **named))
+        return wraps(self._build)(lambda *given, **named: escrow.run(self._build(*given, **named)))
+
+
+class _Walk(Generic[P, T]):
+    """Makes a listing a method of both clients: an async iterator there, a plain one here."""
+
+    def __init__(self, build: Callable[P, Listing[T]]) -> None:
+        self._build = build
+        self.__doc__ = build.__doc__
+
+    @overload
+    def __get__(
+        self, escrow: "AsyncEscrowClient", owner: type
+    ) -> Callable[P, AsyncIterator[T]]: ...
+    @overload
+    def __get__(self, escrow: "EscrowClient", owner: type) -> Callable[P, Iterator[T]]: ...
+
+    def __get__(self, escrow: "AsyncEscrowClient | EscrowClient", owner: type) -> Callable[P, Any]:
+        return wraps(self._build)(lambda *given, **named: escrow.walk(self._build(*given, **named)))
+
+
+class _Series(Generic[P, Made]):
+    """Makes steps a method of both clients."""
+
+    def __init__(self, build: Callable[P, Steps[Made]]) -> None:
+        self._build = build
+        self.__doc__ = build.__doc__
+
+    @overload
+    def __get__(
+        self, escrow: "AsyncEscrowClient", owner: type
+    ) -> Callable[P, Coroutine[Any, Any, Made]]: ...
+    @overload
+    def __get__(self, escrow: "EscrowClient", owner: type) -> Callable[P, Made]: ...
+
+    def __get__(self, escrow: "AsyncEscrowClient | EscrowClient", owner: type) -> Callable[P, Any]:
+        return wraps(self._build)(
+            lambda *given, **named: escrow.follow(self._build(*given, **named))
+        )
 
 
 class _Methods:
     """The operations as methods, and what both clients share."""
 
+    # The service.
     health = _Method(operations.health)
     keys = _Method(operations.keys)
-    register_agent = _Method(operations.register_agent)
-    me = _Method(operations.me)
-    claim_faucet = _Method(operations.claim_faucet)
+    stats = _Method(operations.stats)
+
+    # Our account, its keys and transfers.
+    register_agent = _Method(accounts.register_agent)
+    me = _Method(accounts.me)
+    find_handle = _Method(accounts.find_handle)
+    claim_faucet = _Method(accounts.claim_faucet)
+    revoke_myself = _Method(accounts.revoke_myself)
+    list_api_keys = _Method(accounts.list_api_keys)
+    create_api_key = _Method(accounts.create_api_key)
+    rotate_api_key = _Method(accounts.rotate_api_key)
+    revoke_api_key = _Method(accounts.revoke_api_key)
+    transfer = _Method(accounts.transfer)
+    get_transfer = _Method(accounts.get_transfer)
+    list_transfers = _Method(accounts.list_transfers)
+    iter_transfers = _Walk(accounts.iter_transfers)
+
+    # Escrows of both kinds.
+    status = _Method(operations.status)
+    list_escrows = _Method(operations.list_escrows)
+    iter_escrows = _Walk(operations.iter_escrows)
+    topup = _Method(operations.topup)
+    extend = _Method(operations.extend)
+    release = _Method(operations.release)
+    close = _Method(operations.close)
+
+    # Manual escrows.
+    lock = _Method(manual.lock)
+    create_timed_escrow = _Method(manual.create_timed_escrow)
+    release_partial = _Method(manual.release_partial)
+    settle = _Method(manual.settle)
+    settle_share = _Series(manual.settle_share)
+    settle_performance = _Series(manual.settle_performance)
+    refund = _Method(manual.refund)
+    return_money = _Method(manual.return_money)
+    deliver = _Method(manual.deliver)
+    approve = _Method(manual.approve)
+    reject = _Method(manual.reject)
+    present_outcome = _Method(manual.present_outcome)
+    dispute = _Method(manual.dispute)
+    add_evidence = _Method(manual.add_evidence)
+    withdraw_dispute = _Method(manual.withdraw_dispute)
+    resolve_dispute = _Method(manual.resolve_dispute)
+    list_disputes = _Method(manual.list_disputes)
+    iter_disputes = _Walk(manual.iter_disputes)
+
+    # Sessions.
     register_journal = _Method(operations.register_journal)
     open_session = _Method(operations.open_session)
     renew_token = _Method(operations.renew_token)
-    topup = _Method(operations.topup)
-    release = _Method(operations.release)
-    close = _Method(operations.close)
-    get = _Method(operations.get)
-    list = _Method(operations.list_escrows)
     redeem = _Method(operations.redeem)
     changes = _Method(operations.changes)
+
+    # For admins of a tenant, and the operator.
+    list_agents = _Method(accounts.list_agents)
+    iter_agents = _Walk(accounts.iter_agents)
+    list_agent_escrows = _Method(accounts.list_agent_escrows)
+    iter_agent_escrows = _Walk(accounts.iter_agent_escrows)
+    agent_escrow_status = _Method(accounts.agent_escrow_status)
+    revoke_agent = _Method(accounts.revoke_agent)
+    book_deposit = _Method(accounts.book_deposit)
+    book_withdrawal = _Method(accounts.book_withdrawal)
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self.url = check_secure(httpx.URL(url.rstrip("/")))
@@ -135,10 +229,38 @@ class AsyncEscrowClient(_Methods):
                 problem = error
         raise _unavailable(problem)
 
+    async def walk(self, listing: Listing[T]) -> AsyncIterator[T]:
+        """Goes through a listing; a page is fetched when its first item is asked for."""
+        page, seen = await self.run(listing.page(None)), 0
+        while True:
+            seen = _count(listing, page, seen)
+            for item in page.items:
+                yield item
+            if page.next is None:
+                return
+            page = await self.run(listing.page(page.next))
+
+    async def follow(self, steps: Steps[Made]) -> Made:
+        """Carries out several operations, one after the other."""
+        answer: Any = None
+        while True:
+            try:
+                operation = steps.send(answer)
+            except StopIteration as end:
+                made: Made = end.value
+                return made
+            answer = await self.run(operation)
+
     async def aclose(self) -> None:
         """Closes the connections, unless the client is the caller's."""
         if self._owned:
             await self._client.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.aclose()
 
 
 class EscrowClient(_Methods):
@@ -162,10 +284,37 @@ class EscrowClient(_Methods):
                 problem = error
         raise _unavailable(problem)
 
+    def walk(self, listing: Listing[T]) -> Iterator[T]:
+        """Goes through a listing; a page is fetched when its first item is asked for."""
+        page, seen = self.run(listing.page(None)), 0
+        while True:
+            seen = _count(listing, page, seen)
+            yield from page.items
+            if page.next is None:
+                return
+            page = self.run(listing.page(page.next))
+
+    def follow(self, steps: Steps[Made]) -> Made:
+        """Carries out several operations, one after the other."""
+        answer: Any = None
+        while True:
+            try:
+                operation = steps.send(answer)
+            except StopIteration as end:
+                made: Made = end.value
+                return made
+            answer = self.run(operation)
+
     def close_connections(self) -> None:
         """Closes the connections, unless the client is the caller's."""
         if self._owned:
             self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close_connections()
 
 
 def read_answer(operation: Operation[T], response: httpx.Response) -> T:
@@ -192,6 +341,13 @@ def read_date(response: httpx.Response) -> float | None:
     except ValueError:
         return None
     return date.replace(tzinfo=date.tzinfo or UTC).timestamp()
+
+
+def _count(listing: Listing[T], page: Page[T], seen: int) -> int:
+    seen += len(page.items)
+    if listing.progress is not None:
+        listing.progress(seen)
+    return seen
 
 
 def _unavailable(problem: Exception | None) -> EscrowUnavailable:

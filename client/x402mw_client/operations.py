@@ -1,173 +1,80 @@
-"""What can be asked of the escrow, as plain values: operations and what their answers hold.
+"""What can be asked of the escrow, as plain values: operations, listings and steps of several.
 
-Here amounts are atomic units, ids and keys raw bytes (agents' ids are text, as in `payTo`), times
-whole seconds; on the wire amounts are display strings (`docs/escrow.md`). `escrow` carries them
-out.
+Money is given as display units in a text or `Decimal` ("10.00"), or as atomic units in an int, as
+answers hold it (`records`); an escrow by its id, as text or 16 bytes, or by its record; keys as raw
+bytes, times as whole seconds. What cannot be meant is refused before anything is sent. Here is what
+concerns the service and both kinds of escrow; `manual_operations` and `account_operations` have the
+rest, and `escrow` carries all of it out.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Generic, TypeVar
+from decimal import Decimal
+from typing import Any, Generic, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel
 
 from x402mw.core import ids
-from x402mw.core.amounts import ZERO, Atomic, display, to_atomic, to_atomic_floor
-from x402mw.core.errors import X402mwError
-from x402mw.core.keys import PUBLIC_KEY_BYTES
-from x402mw.core.strict import b64url_decode, b64url_encode
+from x402mw.core.amounts import Atomic, atomic, display, parse_display, to_atomic
+from x402mw.core.errors import LocalError, Malformed
+from x402mw.core.strict import b64url_encode
+from x402mw_client.records import (
+    Changes,
+    EscrowKeys,
+    EscrowRecord,
+    Health,
+    Journal,
+    Page,
+    Redeemed,
+    Stats,
+)
 
 PAUSES_SECONDS = (0.0, 0.2, 1.0)
 """What is safe to repeat is tried three times, after these pauses."""
 
+API = "/api/v1"
 T = TypeVar("T", bound=BaseModel)
+Made = TypeVar("Made")
 
-# What the answers hold.
+Money: TypeAlias = str | Decimal | Atomic
+"""Display units as a text or `Decimal`, or atomic units as an int; never a float."""
 
+AnyEscrow: TypeAlias = str | bytes | EscrowRecord
+"""An escrow by its id (`esc_...` or its 16 bytes) or its record."""
 
-def _reads(reader: Callable[[str], Any]) -> BeforeValidator:
-    def read(value: object) -> Any:
-        if not isinstance(value, str):
-            raise ValueError("a string belongs here")  # noqa: TRY004 (pydantic wants ValueError)
-        try:
-            return reader(value)
-        except X402mwError as error:
-            raise ValueError(str(error)) from None
-
-    return BeforeValidator(read)
+Progress: TypeAlias = Callable[[int], object]
+"""Called after each page of a long listing with the number of items so far."""
 
 
-Amount = Annotated[Atomic, _reads(to_atomic)]
-# A manual escrow may carry a fraction of a unit; whole units are what moves.
-Whole = Annotated[Atomic, _reads(to_atomic_floor)]
-SessionId = Annotated[bytes, _reads(lambda text: ids.parse_id(ids.ESCROW, text))]
-JournalId = Annotated[bytes, _reads(lambda text: ids.parse_id(ids.JOURNAL, text))]
-Key = Annotated[bytes, _reads(lambda text: b64url_decode(text, PUBLIC_KEY_BYTES))]
+@dataclass(frozen=True, slots=True)
+class Operation(Generic[T]):
+    """One request to the escrow, and what its answer is. `key` is its `Idempotency-Key`."""
+
+    answer: type[T]
+    method: str
+    path: str
+    body: dict[str, Any] | None = None
+    query: dict[str, str | int] = field(default_factory=dict)
+    key: str | None = None
+    repeatable: bool = True
+
+    @property
+    def pauses(self) -> tuple[float, ...]:
+        """The seconds to wait before each attempt."""
+        return PAUSES_SECONDS if self.repeatable else PAUSES_SECONDS[:1]
 
 
-class _Answer(BaseModel):
-    # The escrow may learn to say more before its clients learn to listen.
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", validate_by_name=True)
+@dataclass(frozen=True, slots=True)
+class Listing(Generic[T]):
+    """All items of a listing, fetched page by page as they are asked for."""
+
+    page: Callable[[str | None], Operation[Page[T]]]
+    progress: Progress | None = None
 
 
-class Health(_Answer):
-    """Whether the escrow works, and its clock."""
-
-    status: str
-    network: str
-    time: int
-
-
-class EscrowKeys(_Answer):
-    """The escrow's network, root key, and its key set as signed text (`tokens.open_key_set`)."""
-
-    network: str
-    root_key: Key
-    key_set: str
-
-
-class NewAgent(_Answer):
-    """A fresh account; the API key is shown this once."""
-
-    agent_id: str
-    api_key: str = Field(repr=False)
-    name: str
-    balance: Amount
-
-
-class Agent(_Answer):
-    """The account behind our API key."""
-
-    agent_id: str
-    name: str
-    balance: Amount
-    created_at: int
-
-
-class Claimed(_Answer):
-    """What the faucet gave."""
-
-    claimed: Amount
-    balance: Amount
-
-
-class Journal(_Answer):
-    """A registered journal of a provider."""
-
-    journal: JournalId
-    agent_id: str
-    receipt_key: Key
-
-
-class EscrowRecord(_Answer):
-    """One escrow. `deposit` is what was locked in all, `token` the session token if one came."""
-
-    session: SessionId = Field(alias="escrow_id")
-    status: str
-    from_agent_id: str
-    to_agent_id: str
-    asset: str
-    deposit: Amount = Field(alias="amount")
-    released: Whole
-    refunded: Whole
-    remaining: Whole
-    fee: Whole
-    redeemed: Whole = ZERO
-    session_key: Key | None = None
-    journal: JournalId | None = None
-    memo: str | None = None
-    expires_at: int
-    claim_until: int | None = None
-    closing_deadline: int | None = None
-    close_reason: str | None = None
-    token: str | None = Field(default=None, repr=False)
-
-
-class EscrowPage(_Answer):
-    """One page of a listing; `next` continues it (`after`)."""
-
-    items: list[EscrowRecord]
-    next: str | None = None
-
-
-class Verdict(_Answer):
-    """What became of one item of a redemption; a refused one has a `code` and a `detail`."""
-
-    ok: bool
-    session: SessionId | None = Field(default=None, alias="escrow_id")
-    redeemed: Whole | None = None
-    released: Whole | None = None
-    deposit: Amount | None = None
-    state: str | None = None
-    code: str | None = None
-    detail: str | None = None
-
-
-class Redeemed(_Answer):
-    """The verdicts in order, and the highest write serial the escrow had seen before this call."""
-
-    serial: int
-    items: list[Verdict]
-
-
-class Change(_Answer):
-    """A session of one journal as it now stands."""
-
-    session: SessionId = Field(alias="escrow_id")
-    state: str
-    deposit: Amount
-    redeemed: Whole
-    released: Whole
-    claim_until: int | None = None
-
-
-class Changes(_Answer):
-    """What changed since a cursor; `next` is the new cursor, `serial` as in `Redeemed`."""
-
-    next: int
-    serial: int
-    changes: list[Change]
+Steps: TypeAlias = Generator[Operation[Any], Any, Made]
+"""Several operations, one after the other: yields each, is sent its answer, returns the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,36 +99,53 @@ class RedeemItem:
         return line | ({"final": True} if self.final else {})
 
 
-# The operations, as values.
+# How operations are written.
 
 
-@dataclass(frozen=True, slots=True)
-class Operation(Generic[T]):
-    """One request to the escrow, and what its answer is. `key` is its `Idempotency-Key`."""
-
-    answer: type[T]
-    method: str
-    path: str
-    body: dict[str, Any] | None = None
-    query: dict[str, str | int] = field(default_factory=dict)
-    key: str | None = None
-    repeatable: bool = True
-
-    @property
-    def pauses(self) -> tuple[float, ...]:
-        """The seconds to wait before each attempt."""
-        return PAUSES_SECONDS if self.repeatable else PAUSES_SECONDS[:1]
-
-
-def _move(
+def move(
     answer: type[T], path: str, body: dict[str, Any] | None = None, key: str | None = None
 ) -> Operation[T]:
-    """A POST that moves money: always under an idempotency key."""
-    return Operation(answer, "POST", path, body, key=key or secrets.token_urlsafe(24))
+    """A POST that changes something: always under an idempotency key, a fresh one if none came."""
+    return Operation(answer, "POST", API + path, body, key=key or secrets.token_urlsafe(24))
 
 
-def _path(session: bytes, action: str = "") -> str:
-    return f"/api/v1/escrow/{ids.format_id(ids.ESCROW, session)}{action}"
+def given(**members: Any) -> dict[str, Any]:
+    """The members that were given at all."""
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def write_amount(amount: Money) -> str:
+    """An amount as the API takes it, however fine, or `AmountInvalid`."""
+    if isinstance(amount, int):
+        return display(atomic(amount))
+    text = f"{amount:f}" if isinstance(amount, Decimal) else amount
+    parse_display(text)
+    return text
+
+
+def write_whole(amount: Money) -> str:
+    """An amount that must be whole atomic units, or `AmountInvalid`."""
+    text = write_amount(amount)
+    to_atomic(text)
+    return text
+
+
+def write_id(prefix: str, text: str) -> str:
+    """An id that goes into a path, or `LocalError`."""
+    try:
+        return ids.format_id(prefix, ids.parse_id(prefix, text))
+    except Malformed as error:
+        raise LocalError(str(error)) from None
+
+
+def path_of(escrow: AnyEscrow, action: str = "") -> str:
+    """The path of what is done to one escrow."""
+    raw = escrow.session if isinstance(escrow, EscrowRecord) else escrow
+    name = ids.format_id(ids.ESCROW, raw) if isinstance(raw, bytes) else write_id(ids.ESCROW, raw)
+    return f"/escrow/{name}{action}"
+
+
+# The service itself.
 
 
 def health() -> Operation[Health]:
@@ -234,30 +158,23 @@ def keys() -> Operation[EscrowKeys]:
     return Operation(EscrowKeys, "GET", "/.well-known/x402mw-keys")
 
 
-def register_agent(name: str) -> Operation[NewAgent]:
-    """Opens an account. Not repeated by itself: a lost answer would leave a second account."""
-    return Operation(NewAgent, "POST", "/api/v1/agents", {"name": name}, repeatable=False)
+def stats() -> Operation[Stats]:
+    """Fetches what anybody may know: fee, minimum, faucet, and figures with one digit."""
+    return Operation(Stats, "GET", f"{API}/stats")
 
 
-def me() -> Operation[Agent]:
-    """Shows the account behind our API key."""
-    return Operation(Agent, "GET", "/api/v1/agents/me")
-
-
-def claim_faucet(*, key: str | None = None) -> Operation[Claimed]:
-    """Asks the faucet for test money."""
-    return _move(Claimed, "/api/v1/faucet/claim", key=key)
+# Sessions: escrows that vouchers are redeemed from.
 
 
 def register_journal(journal: bytes, receipt_key: bytes) -> Operation[Journal]:
     """Registers a provider's journal with the public half of its receipt key."""
-    path = f"/api/v1/journals/{ids.format_id(ids.JOURNAL, journal)}"
+    path = f"{API}/journals/{ids.format_id(ids.JOURNAL, journal)}"
     return Operation(Journal, "PUT", path, {"receipt_key": b64url_encode(receipt_key)})
 
 
 def open_session(
     pay_to: str,
-    amount: Atomic,
+    amount: Money,
     *,
     session_key: bytes,
     journal: bytes,
@@ -266,58 +183,19 @@ def open_session(
     key: str | None = None,
 ) -> Operation[EscrowRecord]:
     """Locks `amount` for `pay_to`, to be paid by vouchers of `session_key` (the public half)."""
-    body: dict[str, Any] = {
+    body = {
         "to_agent_id": pay_to,
-        "amount": display(amount),
+        "amount": write_whole(amount),
         "session_key": b64url_encode(session_key),
         "journal": ids.format_id(ids.JOURNAL, journal),
+        **given(expires_in_seconds=expires_in_seconds, memo=memo),
     }
-    if expires_in_seconds is not None:
-        body["expires_in_seconds"] = expires_in_seconds
-    if memo is not None:
-        body["memo"] = memo
-    return _move(EscrowRecord, "/api/v1/escrow", body, key)
+    return move(EscrowRecord, "/escrow", body, key)
 
 
-def renew_token(session: bytes) -> Operation[EscrowRecord]:
+def renew_token(escrow: AnyEscrow) -> Operation[EscrowRecord]:
     """Asks for a fresh session token."""
-    return Operation(EscrowRecord, "POST", _path(session, "/token"))
-
-
-def topup(session: bytes, amount: Atomic, *, key: str | None = None) -> Operation[EscrowRecord]:
-    """Adds `amount` to the deposit; the answer carries a fresh token."""
-    return _move(EscrowRecord, _path(session, "/topup"), {"amount": display(amount)}, key)
-
-
-def release(
-    session: bytes, cumulative: Atomic, *, key: str | None = None
-) -> Operation[EscrowRecord]:
-    """Pays the provider by hand, up to a total of `cumulative`."""
-    body = {"cumulative": display(cumulative)}
-    return _move(EscrowRecord, _path(session, "/release"), body, key)
-
-
-def close(session: bytes, *, key: str | None = None) -> Operation[EscrowRecord]:
-    """Closes a session. By the buyer: the rest returns once its last token can no longer claim."""
-    return _move(EscrowRecord, _path(session, "/close"), {}, key)
-
-
-def get(session: bytes) -> Operation[EscrowRecord]:
-    """Shows one escrow of ours."""
-    return Operation(EscrowRecord, "GET", _path(session))
-
-
-def list_escrows(
-    *,
-    role: str | None = None,
-    status: str | None = None,
-    limit: int | None = None,
-    after: str | None = None,
-) -> Operation[EscrowPage]:
-    """Lists our escrows, page by page; `role` is "buyer" or "provider"."""
-    query = {"role": role, "status": status, "limit": limit, "after": after}
-    given = {name: value for name, value in query.items() if value is not None}
-    return Operation(EscrowPage, "GET", "/api/v1/escrow", query=given)
+    return Operation(EscrowRecord, "POST", API + path_of(escrow, "/token"))
 
 
 def redeem(
@@ -329,18 +207,91 @@ def redeem(
         "serial": serial,
         "items": [item.as_json() for item in items],
     }
-    return _move(Redeemed, "/api/v1/redeem", body, key)
+    return move(Redeemed, "/redeem", body, key)
 
 
 def changes(
     since: int, journal: bytes, serial: int, *, limit: int | None = None
 ) -> Operation[Changes]:
     """Asks which sessions of a journal changed after the cursor `since`."""
-    query: dict[str, str | int] = {
-        "since": since,
-        "journal": ids.format_id(ids.JOURNAL, journal),
-        "serial": serial,
-    }
-    if limit is not None:
-        query["limit"] = limit
-    return Operation(Changes, "GET", "/api/v1/changes", query=query)
+    name = ids.format_id(ids.JOURNAL, journal)
+    query = given(since=since, journal=name, serial=serial, limit=limit)
+    return Operation(Changes, "GET", f"{API}/changes", query=query)
+
+
+# Escrows of both kinds.
+
+
+def status(escrow: AnyEscrow) -> Operation[EscrowRecord]:
+    """Shows one escrow of ours as it stands now."""
+    return Operation(EscrowRecord, "GET", API + path_of(escrow))
+
+
+def list_escrows(
+    *,
+    role: str | None = None,
+    status: str | None = None,
+    limit: int | None = None,
+    after: str | None = None,
+) -> Operation[Page[EscrowRecord]]:
+    """Fetches a page of our escrows, newest first; `role` is "buyer" or "provider"."""
+    query = given(role=role, status=status, limit=limit, after=after)
+    return Operation(Page[EscrowRecord], "GET", f"{API}/escrow", query=query)
+
+
+def iter_escrows(
+    *, role: str | None = None, status: str | None = None, progress: Progress | None = None
+) -> Listing[EscrowRecord]:
+    """Goes through all our escrows, newest first; pages are fetched as they are needed."""
+    return Listing(lambda after: list_escrows(role=role, status=status, after=after), progress)
+
+
+def topup(escrow: AnyEscrow, amount: Money, *, key: str | None = None) -> Operation[EscrowRecord]:
+    """Adds `amount` to the deposit; for a session the answer carries a fresh token."""
+    return move(EscrowRecord, path_of(escrow, "/topup"), {"amount": write_whole(amount)}, key)
+
+
+def extend(escrow: AnyEscrow, seconds: int, *, key: str | None = None) -> Operation[EscrowRecord]:
+    """Ends it so many seconds later; the escrow refuses more than a year from now."""
+    return move(EscrowRecord, path_of(escrow, "/extend"), {"seconds": seconds}, key)
+
+
+def release(
+    escrow: AnyEscrow,
+    amount: Money | None = None,
+    *,
+    cumulative: Money | None = None,
+    milestone: str | None = None,
+    memo: str | None = None,
+    key: str | None = None,
+) -> Operation[EscrowRecord]:
+    """Pays the provider: an amount more, up to a total, a milestone, or all that is free.
+
+    What is finer than a unit is carried until it makes one. A session knows only `cumulative`.
+    """
+    body = given(
+        amount=None if amount is None else write_amount(amount),
+        cumulative=None if cumulative is None else write_amount(cumulative),
+        milestone=milestone,
+        memo=memo,
+    )
+    return move(EscrowRecord, path_of(escrow, "/release"), body, key)
+
+
+def close(
+    escrow: AnyEscrow,
+    *,
+    voucher: bytes | None = None,
+    amount: Money | None = None,
+    key: str | None = None,
+) -> Operation[EscrowRecord]:
+    """Ends it: what is held goes home.
+
+    A session that its buyer closes ends once its last token can no longer claim; its provider may
+    bring the newest voucher (176 bytes) with the total charged, and ends it at once.
+    """
+    body = given(
+        voucher=None if voucher is None else b64url_encode(voucher),
+        amount=None if amount is None else write_amount(amount),
+    )
+    return move(EscrowRecord, path_of(escrow, "/close"), body, key)

@@ -13,8 +13,9 @@ from x402mw_client.events import Events
 from x402mw_client.limits import Limits
 from x402mw_client.memory import Memory
 from x402mw_client.offers import LearntOffers, ProbeGate, normal_url, read_offer
-from x402mw_client.operations import EscrowKeys, EscrowRecord, Operation
+from x402mw_client.operations import Operation
 from x402mw_client.purse import Purse
+from x402mw_client.records import EscrowKeys, EscrowRecord
 from x402mw_client.sessions import Offer
 from x402mw_client.waiting import Sections
 

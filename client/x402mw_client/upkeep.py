@@ -24,7 +24,7 @@ from x402mw.core.keys import public_key
 from x402mw.core.tokens import peek_session_token
 from x402mw_client import operations
 from x402mw_client.events import tell
-from x402mw_client.operations import EscrowRecord
+from x402mw_client.records import EscrowRecord
 from x402mw_client.sessions import (
     RENEW_SECONDS,
     Call,

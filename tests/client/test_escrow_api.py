@@ -9,7 +9,7 @@ import pytest
 
 from x402mw.core.amounts import Atomic
 from x402mw.core.errors import EscrowRefused, EscrowUnavailable, InsecureOrigin
-from x402mw_client import operations
+from x402mw_client import account_operations, operations
 from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
 from x402mw_client.operations import RedeemItem
 
@@ -65,7 +65,9 @@ async def each(
 
 async def test_amounts_and_ids_are_read() -> None:
     """Display strings become atomic units and ids raw bytes; a fraction of a unit is not money."""
-    record = await each(lambda request: httpx.Response(200, json=RECORD), operations.get(SESSION))
+    record = await each(
+        lambda request: httpx.Response(200, json=RECORD), operations.status(SESSION)
+    )
     assert (record.session, record.journal, record.deposit) == (SESSION, JOURNAL, 1_000_000)
     assert (record.released, record.token) == (0, "secret.token.x")
     assert "secret" not in repr(record)
@@ -79,7 +81,7 @@ async def test_the_request_carries_the_key_and_never_shows_it() -> None:
         seen.append(request)
         return httpx.Response(200, json=AGENT)
 
-    assert (await each(handler, operations.me())).balance == 1_500_000
+    assert (await each(handler, account_operations.me())).balance == 1_500_000
     assert all(request.headers["Authorization"] == "Bearer pf_live_x" for request in seen)
     assert "pf_live" not in str(seen[0].url) + repr(EscrowClient(URL, "pf_live_x"))
 
@@ -87,10 +89,10 @@ async def test_the_request_carries_the_key_and_never_shows_it() -> None:
 def moving() -> list[operations.Operation[Any]]:
     """Every operation that moves money."""
     return [
-        operations.claim_faucet(),
+        account_operations.claim_faucet(),
         operations.open_session("ag_2", Atomic(1), session_key=KEY, journal=JOURNAL, memo="m"),
         operations.topup(SESSION, Atomic(1)),
-        operations.release(SESSION, Atomic(1)),
+        operations.release(SESSION, cumulative=Atomic(1)),
         operations.close(SESSION),
         operations.redeem(JOURNAL, 1, [RedeemItem(Atomic(1), voucher=bytes(176))]),
     ]
@@ -116,9 +118,9 @@ def test_a_repeat_carries_the_same_idempotency_key(operation: operations.Operati
 
 def test_keys_are_random_unless_given() -> None:
     """Two calls are two payments, unless the caller says that they are one."""
-    first, second = operations.claim_faucet(), operations.claim_faucet()
+    first, second = account_operations.claim_faucet(), account_operations.claim_faucet()
     assert first.key != second.key
-    assert operations.claim_faucet(key="mine").key == "mine"
+    assert account_operations.claim_faucet(key="mine").key == "mine"
 
 
 @NO_PAUSE
@@ -133,7 +135,7 @@ async def test_refusals_and_garbage_are_told_apart() -> None:
         "balance": "0.10",
     }
     with pytest.raises(EscrowRefused) as refused:
-        await each(lambda request: httpx.Response(402, json=problem), operations.me())
+        await each(lambda request: httpx.Response(402, json=problem), account_operations.me())
     assert (refused.value.reason, refused.value.status) == ("insufficient_funds", 402)
     assert refused.value.problem["balance"] == "0.10"
     for garbage in (
@@ -144,7 +146,7 @@ async def test_refusals_and_garbage_are_told_apart() -> None:
         httpx.Response(500, json=problem),
     ):
         with pytest.raises(EscrowUnavailable):
-            await each(lambda request, answer=garbage: answer, operations.me())
+            await each(lambda request, answer=garbage: answer, account_operations.me())
 
 
 @NO_PAUSE
@@ -157,7 +159,7 @@ async def test_an_account_is_not_opened_twice() -> None:
         raise httpx.ConnectError("away")
 
     with pytest.raises(EscrowUnavailable):
-        both(handler, operations.register_agent("me"))
+        both(handler, account_operations.register_agent("me"))
     assert len(calls) == 1
 
 

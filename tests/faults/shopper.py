@@ -250,7 +250,7 @@ async def release(wallet: Wallet) -> None:
     try:
         for session in list(wallet.state.purse.sessions.values()):
             if session.state is State.OPEN and session.charged:
-                await escrow.release(session.id, session.charged)
+                await escrow.release(session.id, cumulative=session.charged)
     finally:
         await escrow.aclose()
 

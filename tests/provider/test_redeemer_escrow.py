@@ -19,7 +19,7 @@ from x402mw.provider.journal import Journal
 from x402mw.provider.link import EscrowLink
 from x402mw.provider.redeemer import Redeemer
 from x402mw_client.escrow import AsyncEscrowClient
-from x402mw_client.operations import EscrowRecord
+from x402mw_client.records import EscrowRecord
 
 pytestmark = pytest.mark.anyio
 
@@ -108,13 +108,13 @@ async def test_redeem_and_close(
         assert not shop.link.clock_off
         await shop.sell(record, 7)
         await shop.redeemer.redeem_all()
-        assert (await shop.buyer.get(record.session)).redeemed == 7000
+        assert (await shop.buyer.status(record.session)).redeemed == 7000
         assert shop.journal.unredeemed == 0
         await shop.sell(record, 3)
         await shop.journal.begin_close(shop.claim(record))
         for _ in range(2):
             assert await shop.redeemer.redeem_session(record.session, final=True)
-        ended = await shop.buyer.get(record.session)
+        ended = await shop.buyer.status(record.session)
         assert (ended.status, ended.released, ended.refunded) == ("settled", 10_000, 990_000)
         assert (await shop.link.escrow.me()).balance == 9_900
         await shop.redeemer.contact()
@@ -129,7 +129,7 @@ async def test_close_of_an_unused_session(
         record = await shop.open_session()
         await shop.journal.begin_close(shop.claim(record))
         assert await shop.redeemer.redeem_session(record.session, final=True)
-        assert (await shop.buyer.get(record.session)).status == "refunded"
+        assert (await shop.buyer.status(record.session)).status == "refunded"
         assert (await shop.buyer.me()).balance == 10_000_000
 
 
@@ -140,13 +140,13 @@ async def test_buyer_releases_and_closes_by_hand(
     async with shop_at(escrow, tmp_path / "journal.db", keys) as shop:
         record = await shop.open_session()
         await shop.sell(record, 5)
-        await shop.buyer.release(record.session, Atomic(3000))
+        await shop.buyer.release(record.session, cumulative=Atomic(3000))
         await shop.buyer.close(record.session)
         await shop.redeemer.contact()
         assert shop.journal.unredeemed == 2000
         await shop.redeemer.redeem_all()
         assert shop.journal.unredeemed == 0
-        closing = await shop.buyer.get(record.session)
+        closing = await shop.buyer.status(record.session)
         assert (closing.status, closing.released) == ("closing", 5000)
         assert closing.closing_deadline is not None
         await escrow.pass_time(closing.closing_deadline - escrow.clock() + 1)
@@ -169,7 +169,7 @@ async def test_one_bad_item_among_good_ones(
             call = await admitted(shop.journal, forged)
             await shop.journal.settle(call, used=0, outcome=None)
         await shop.redeemer.redeem_all()
-        assert (await shop.buyer.get(good.session)).redeemed == 1000
+        assert (await shop.buyer.status(good.session)).redeemed == 1000
         assert shop.journal.unredeemed == 0
 
 
@@ -210,8 +210,8 @@ async def test_restored_backup(
         new = await shop.open_session()
         await shop.sell(new)
         await shop.redeemer.redeem_all()
-        assert (await shop.buyer.get(new.session)).redeemed == 1000
-        assert (await shop.buyer.get(old.session)).redeemed == (6000 if redeem else 1000)
+        assert (await shop.buyer.status(new.session)).redeemed == 1000
+        assert (await shop.buyer.status(old.session)).redeemed == (6000 if redeem else 1000)
         assert shop.journal.unredeemed == 0
         await shop.redeemer.contact()
         assert shop.journal.replaced == {before}

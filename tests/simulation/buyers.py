@@ -157,7 +157,7 @@ class Life:
                 self.world.oracle.count("released by hand")
                 by_hand = self.world.oracle.by_hand
                 by_hand[session.name] = max(by_hand[session.name], session.charged)
-                await self.transport._escrow.release(session.id, session.charged)
+                await self.transport._escrow.release(session.id, cumulative=session.charged)
                 return
 
     async def _doubts(self) -> None:

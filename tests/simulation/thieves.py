@@ -300,7 +300,7 @@ class GreedyBuyer:
             lambda: self.escrow.close(victim),
             lambda: self.escrow.renew_token(victim),
             lambda: self.escrow.topup(victim, Atomic(10)),
-            lambda: self.escrow.release(victim, Atomic(DEPOSIT)),
+            lambda: self.escrow.release(victim, cumulative=Atomic(DEPOSIT)),
             lambda: self.escrow.register_journal(journal, keys.public_key(loot.seed)),
             lambda: self.escrow.redeem(journal, 1, [RedeemItem(Atomic(5), session=victim)]),
             lambda: self.escrow.changes(0, journal, 2**62),

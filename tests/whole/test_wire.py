@@ -294,7 +294,7 @@ async def test_a_close_leaves_nothing_behind(tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["charged"]) == (200, "3000")
         client = AsyncEscrowClient(s.escrow.url, s.buyer.api_key)
         try:
-            record = await client.get(s.first.session)
+            record = await client.status(s.first.session)
         finally:
             await client.aclose()
         assert (record.status, record.released, record.refunded) == ("settled", 3000, 1_997_000)

@@ -14,7 +14,7 @@ from x402mw.doctor.asking import Asker, Unreachable
 from x402mw.doctor.findings import Finding, finding
 from x402mw.doctor.terms import Offered
 from x402mw_client.escrow import check_secure
-from x402mw_client.operations import EscrowKeys, Health
+from x402mw_client.records import EscrowKeys, Health
 
 APART_SECONDS = 30
 

@@ -24,7 +24,8 @@ from x402mw.core.sessions import SessionState
 from x402mw.provider.events import Events
 from x402mw.provider.journal import Due, Item, Journal, JournalUnavailable, Refusal, Report
 from x402mw.provider.link import EscrowLink
-from x402mw_client.operations import Change, RedeemItem, Verdict
+from x402mw_client.operations import RedeemItem
+from x402mw_client.records import Change, Verdict
 
 ITEMS_MAX = 1000
 CONTACT_SECONDS = 10.0
