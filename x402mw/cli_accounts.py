@@ -119,10 +119,10 @@ def _add_agents(group: typer.Typer, work: Work) -> None:
     @group.command("revoke")
     def revoke_agent(agent: AgentId, db: Database = DATABASE) -> None:
         """End an agent: its keys are dead at once, and nobody locks money for or from it."""
-        from x402mw.escrow import access
+        from x402mw.escrow import sessions
         from x402mw.escrow.transactions import OPERATOR
 
-        work(db, lambda tx: access.revoke_agent(tx, agent, actor=OPERATOR))
+        work(db, lambda tx: sessions.revoke_agent(tx, agent, OPERATOR))
         typer.echo(f"{agent} is revoked")
 
 

@@ -1,9 +1,11 @@
 """Who may do what: every route with every scope, and every id with the keys of strangers."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+import x402mw.escrow
 from tests.escrow.market import JOURNAL, Market, code_of, market
 from tests.escrow.operators import furnish, make_agent, make_key
 from tests.support.escrow import Agent
@@ -19,6 +21,8 @@ IDS = {
     "transfer_id": "tr_" + "0" * 32,
     "handle": "nobody",
 }
+ESCROW = Path(x402mw.escrow.__file__).parent
+DOCS = (ESCROW.parents[1] / "docs" / "escrow.md").read_text()
 GUARDED = [route for route in ROUTES if route[2]]
 
 
@@ -154,3 +158,17 @@ async def test_an_admin_makes_agents_of_its_tenant(db: str) -> None:
         assert revoked.json()["revoked_at"] == 1_800_000_000
         dead = await m.get(Agent("", made["api_key"]), "/agents/me")
         assert code_of(dead) == (401, "unauthorized")
+
+
+ACCOUNTS = ("access", "agents", "tenants", "referrals", "transfers", "banking", "admin")
+SOURCES = [
+    *(ESCROW / f"{name}.py" for name in ACCOUNTS),
+    *(ESCROW / "api" / f"{name}.py" for name in ("agents", "keys", "transfers", "admin", "shared")),
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ESCROW).as_posix())
+def test_every_refusal_is_documented(path: Path) -> None:
+    """Contract: each code with which accounts refuse stands in the table of docs/escrow.md."""
+    for code in re.findall(r'Refused\(\s*\d{3}, "(\w+)"', path.read_text()):
+        assert f"`{code}`" in DOCS.split("**Refusals**")[1].split("## ")[0], code
