@@ -20,7 +20,7 @@ from x402mw.core.amounts import to_atomic
 from x402mw.core.keys import public_key
 from x402mw.core.strict import b64url_encode
 from x402mw.escrow import agents
-from x402mw.escrow.app import create_app
+from x402mw.escrow.app import create_app, say_farewell
 from x402mw.escrow.books import audit
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.serve import AnnouncingServer, bind, url_of
@@ -85,6 +85,7 @@ class RunningEscrow:
     ledger: Ledger
     settings: Settings
     clock: Callable[[], float]
+    app: Any = None
 
     @property
     def root_key(self) -> str:
@@ -133,14 +134,14 @@ async def running_escrow(
     clock = clock or MovingClock()
     app = create_app(settings, clock=clock)
     sock = bind("127.0.0.1", 0)
-    server = AnnouncingServer(app, lambda: None)
+    server = AnnouncingServer(app, lambda: None, farewell=lambda: say_farewell(app))
     # The steps of `server.serve` without its signal handlers and its waiting loop.
     server.config.load()
     server.lifespan = server.config.lifespan_class(server.config)
     await server.startup([sock])
     assert server.started, "the escrow did not start"
     try:
-        escrow = RunningEscrow(url_of(sock), app.state.ledger, settings, clock)
+        escrow = RunningEscrow(url_of(sock), app.state.ledger, settings, clock, app)
         yield escrow
         assert await escrow.check() == []
     finally:
@@ -149,6 +150,7 @@ async def running_escrow(
 
 async def _stop(server: AnnouncingServer) -> None:
     """The steps of `server.shutdown` without the tenth of a second that it always waits."""
+    server._farewell()
     for listener in server.servers:
         listener.close()
     for connection in list(server.server_state.connections):

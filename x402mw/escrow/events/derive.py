@@ -28,7 +28,7 @@ _OF_KIND = {
     "resolve": "resolved",
     "withdraw": "resolved",
     "undecided": "resolved",
-    **dict.fromkeys(REVOCATIONS, "revoked"),
+    **dict.fromkeys((*REVOCATIONS, "revoke"), "revoked"),
 }
 
 
@@ -86,7 +86,7 @@ def _names(entry: Entry, buyer: str | None, data: dict[str, Any]) -> list[str]:
     if _moved(entry, buyer, _back) and not ended:
         found.append("refunded")
     found += [name for name in (LOW, EXHAUSTED) if data.get(name)]
-    if entry.kind == "buyer_close" and not ended:
+    if entry.kind in ("buyer_close", "revoke") and not ended:
         found.append("closing")
     if str(ended).startswith("expired"):
         found.append("expired")
