@@ -192,6 +192,10 @@ async def test_an_agent_has_so_many_keys(db: str) -> None:
     async with market(db) as m:
         made = [await new_key(m, m.buyer) for _ in range(KEYS_MAX - 1)]
         assert code_of(await m.post(m.buyer, KEYS)) == (409, "too_many_keys")
+        path = f"{KEYS}/{made[1][1]}/rotate"
+        graceful = await m.post(m.buyer, path, {"grace_seconds": 9})
+        assert code_of(graceful) == (409, "too_many_keys"), "the old one would work beside it"
+        assert (await m.post(m.buyer, path)).status_code == 201
         await delete(m, m.buyer, made[0][1])
         await new_key(m, m.buyer)
 

@@ -152,12 +152,16 @@ async def create_key(
     await _check_asker(tx, asker)
     wanted = asker.scopes if scopes is None else frozenset(scopes)
     _check_reach(asker, wanted)
-    count = select(func.count()).where(_KEYS.agent_id == asker.agent_id, _works_at(tx.now))
-    if (await tx.connection.execute(count)).scalar_one() >= KEYS_MAX:
-        raise Refused(409, "too_many_keys", f"an agent has at most {KEYS_MAX} keys that work")
+    await _check_room(tx, asker)
     made = await issue(tx, asker.agent_id, asker.mode, wanted, name)
     _note(tx, "key_created", asker, made["key_id"], scopes=made["scopes"])
     return made
+
+
+async def _check_room(tx: Transaction, asker: Principal) -> None:
+    count = select(func.count()).where(_KEYS.agent_id == asker.agent_id, _works_at(tx.now))
+    if (await tx.connection.execute(count)).scalar_one() >= KEYS_MAX:
+        raise Refused(409, "too_many_keys", f"an agent has at most {KEYS_MAX} keys that work")
 
 
 async def rotate_key(
@@ -168,6 +172,8 @@ async def rotate_key(
     row = await _find_own(tx, asker, key_id)
     if row.revoked_at is not None or row.expires_at is not None:
         raise Refused(409, "key_ending", "this key was rotated or revoked already")
+    if grace_seconds:
+        await _check_room(tx, asker)
     made = await issue(tx, asker.agent_id, asker.mode, row.scopes.split(), row.name)
     ends = {"expires_at": tx.now + grace_seconds} if grace_seconds else {"revoked_at": tx.now}
     await _end(tx, _KEYS.key_id == key_id, ends)
