@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from x402mw.core.telemetry import Telemetry
 from x402mw.escrow import web
@@ -26,7 +26,8 @@ from x402mw.escrow.api import (
     webhooks,
 )
 from x402mw.escrow.api.dialects import BASES
-from x402mw.escrow.api.shared import Routes, guard
+from x402mw.escrow.api.routes import Routes, mount
+from x402mw.escrow.api.shared import guard
 from x402mw.escrow.deadlines import HEARTBEAT_SECONDS
 from x402mw.escrow.events.deliverer import Deliverer
 from x402mw.escrow.events.feed import Feed
@@ -105,8 +106,4 @@ async def _sweep_forever(ledger: Ledger) -> None:
 
 def _routes() -> list[BaseRoute]:
     bases = [("", service.ROUTES), *((base, ROUTES) for base in BASES)]
-    return [
-        Route(base + path, guard(scopes, endpoint), methods=[method])
-        for base, routes in bases
-        for method, path, scopes, endpoint in routes
-    ]
+    return [entry for base, routes in bases for entry in mount(base, routes, guard)]

@@ -32,6 +32,8 @@ from x402mw.escrow.transactions import Transaction
 
 CHANGES_MAX = 1000
 CHUNK_ITEMS = 125
+CODES = "malformed wrong_network unknown_session signature voucher_required"
+"""Of vouchers that do not count, beside `invalid_state`."""
 Reading = Callable[[], AbstractAsyncContextManager[AsyncConnection]]
 _CORES = CapacityLimiter(os.cpu_count() or 1)
 

@@ -6,17 +6,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from x402mw.core import ids
-from x402mw.core.errors import Malformed
-from x402mw.escrow import admin, banking, bodies, sessions, web
+from x402mw.escrow import admin, banking, bodies, sessions
 from x402mw.escrow.access import ADMIN
 from x402mw.escrow.account_bodies import NewBooking
+from x402mw.escrow.api import account_answers, answers
+from x402mw.escrow.api.queries import AgentPage, TenantEscrowPage
+from x402mw.escrow.api.routes import Route, Routes
 from x402mw.escrow.api.shared import (
-    PAGE_ITEMS,
-    PAGE_ITEMS_MAX,
-    Routes,
     change,
     find_ledger,
     find_principal,
+    find_query,
     path_id,
 )
 from x402mw.escrow.errors import Refused
@@ -26,34 +26,29 @@ from x402mw.escrow.transactions import Transaction
 
 async def list_agents(request: Request) -> Response:
     """GET /admin/agents."""
-    limit = web.query_number(request, "limit", PAGE_ITEMS, PAGE_ITEMS_MAX)
-    after = _query_agent(request, "after")
+    query = find_query(request, AgentPage)
     async with find_ledger(request).read() as connection:
         page = await admin.show_agents(
-            connection, find_principal(request), limit=max(limit, 1), after=after
+            connection, find_principal(request), limit=query.limit, after=query.after
         )
     return JSONResponse(page)
 
 
-async def list_escrows(request: Request) -> Response:
+async def list_tenant_escrows(request: Request) -> Response:
     """GET /admin/escrow: those of one agent, so that a page costs the same for any tenant."""
-    agent_id = _query_agent(request, "agent_id")
-    if agent_id is None:
-        raise Refused(422, "invalid_request", "agent_id: name an agent of your tenant")
-    limit = web.query_number(request, "limit", PAGE_ITEMS, PAGE_ITEMS_MAX)
-    after = web.query_number(request, "after", 0) or None
-    ledger = find_ledger(request)
+    query, ledger = find_query(request, TenantEscrowPage), find_ledger(request)
+    agent_id = query.agent_id
     async with ledger.read() as connection:
         await admin.check_agent(connection, find_principal(request), agent_id)
     await ledger.refresh(agent_id)
     async with ledger.read() as connection:
         page = await sessions.show_all(
-            connection, agent_id, role=None, status=None, limit=max(limit, 1), after=after
+            connection, agent_id, role=None, status=None, limit=query.limit, after=query.after
         )
     return JSONResponse(page)
 
 
-async def show_escrow(request: Request) -> Response:
+async def show_tenant_escrow(request: Request) -> Response:
     """GET /admin/escrow/{id}."""
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     principal, ledger = find_principal(request), find_ledger(request)
@@ -97,22 +92,47 @@ async def _book(request: Request, kind: str) -> Response:
     return await change(request, NewBooking, book, status=201)
 
 
-def _query_agent(request: Request, name: str) -> str | None:
-    text = request.query_params.get(name)
-    if text is None:
-        return None
-    try:
-        ids.parse_id(ids.AGENT, text)
-    except Malformed as error:
-        raise Refused(422, "invalid_request", f"{name}: {error}") from None
-    return text
-
+_BOOKING = "not_the_operator unknown_agent reference_taken"
 
 ROUTES: Routes = (
-    ("GET", "/admin/agents", ADMIN, list_agents),
-    ("POST", "/admin/agents/{agent_id}/revoke", ADMIN, revoke_agent),
-    ("GET", "/admin/escrow", ADMIN, list_escrows),
-    ("GET", "/admin/escrow/{escrow_id}", ADMIN, show_escrow),
-    ("POST", "/operator/deposits", ADMIN, book_deposit),
-    ("POST", "/operator/withdrawals", ADMIN, book_withdrawal),
+    Route(
+        *("GET", "/admin/agents", ADMIN, list_agents),
+        "Lists the agents of your tenant.",
+        account_answers.Agents,
+        query=AgentPage,
+    ),
+    Route(
+        *("POST", "/admin/agents/{agent_id}/revoke", ADMIN, revoke_agent),
+        "Ends an agent of your tenant: its keys die, its open sessions close.",
+        account_answers.RevokedAgent,
+        bodies.Body,
+    ),
+    Route(
+        *("GET", "/admin/escrow", ADMIN, list_tenant_escrows),
+        "Lists the escrows of one agent of your tenant.",
+        answers.Escrows,
+        query=TenantEscrowPage,
+        refusals="not_found",
+    ),
+    Route(
+        *("GET", "/admin/escrow/{escrow_id}", ADMIN, show_tenant_escrow),
+        "Shows an escrow that an agent of your tenant is a party of.",
+        answers.Escrow,
+    ),
+    Route(
+        *("POST", "/operator/deposits", ADMIN, book_deposit),
+        "Books money that the operator received for an agent.",
+        account_answers.Booking,
+        NewBooking,
+        status=201,
+        refusals=f"{_BOOKING} amount_out_of_range",
+    ),
+    Route(
+        *("POST", "/operator/withdrawals", ADMIN, book_withdrawal),
+        "Books money that the operator paid out to an agent.",
+        account_answers.Booking,
+        NewBooking,
+        status=201,
+        refusals=f"{_BOOKING} insufficient_funds",
+    ),
 )

@@ -9,9 +9,9 @@ from x402mw.core import ids
 from x402mw.escrow import access, agents, bodies, sessions, web
 from x402mw.escrow.access import PROVIDE, READ, SPEND
 from x402mw.escrow.account_bodies import NewAgent
+from x402mw.escrow.api import account_answers as answers
+from x402mw.escrow.api.routes import OPEN, Route, Routes
 from x402mw.escrow.api.shared import (
-    OPEN,
-    Routes,
     authenticate,
     change,
     find_caller,
@@ -105,11 +105,48 @@ async def show_stats(request: Request) -> Response:
 
 
 ROUTES: Routes = (
-    ("POST", "/agents", OPEN, register_agent),
-    ("GET", "/stats", OPEN, show_stats),
-    ("GET", "/agents/me", READ, show_agent),
-    ("POST", "/agents/me/revoke", SPEND, revoke_itself),
-    ("GET", "/handles/{handle}", READ, show_handle),
-    ("POST", "/faucet/claim", SPEND, claim_faucet),
-    ("PUT", "/journals/{journal}", PROVIDE, register_journal),
+    Route(
+        *("GET", "/stats", OPEN, show_stats),
+        "Shows the terms of this escrow, and figures about it.",
+        answers.Stats,
+    ),
+    Route(
+        *("POST", "/agents", OPEN, register_agent),
+        "Registers an agent; its first API key is shown this once.",
+        answers.MadeAgent,
+        NewAgent,
+        status=201,
+        refusals="unauthorized scope mode_mismatch handle_taken unknown_referral_code",
+        keyed=False,
+    ),
+    Route(
+        *("GET", "/agents/me", READ, show_agent),
+        "Shows yourself: your balance and your keys.",
+        answers.Self,
+    ),
+    Route(
+        *("POST", "/agents/me/revoke", SPEND, revoke_itself),
+        "Ends yourself: all your keys die at once, your open sessions close.",
+        answers.RevokedAgent,
+        bodies.Body,
+    ),
+    Route(
+        *("GET", "/handles/{handle}", READ, show_handle),
+        "Finds the agent of your tenant that has a handle.",
+        answers.Handle,
+    ),
+    Route(
+        *("POST", "/faucet/claim", SPEND, claim_faucet),
+        "Takes the first money of a new agent, once.",
+        answers.Claimed,
+        bodies.Body,
+        refusals="faucet_claimed faucet_limit amount_out_of_range",
+    ),
+    Route(
+        *("PUT", "/journals/{journal}", PROVIDE, register_journal),
+        "Registers a provider's book; the same again changes nothing.",
+        answers.Journal,
+        bodies.NewJournal,
+        refusals="journal_taken",
+    ),
 )

@@ -10,14 +10,16 @@ from x402mw.core.amounts import ZERO, atomic
 from x402mw.core.strict import dumps
 from x402mw.escrow import bodies, manual, manual_bodies, redemption, sessions, web
 from x402mw.escrow.access import PROVIDE, READ, SPEND
+from x402mw.escrow.api import answers
+from x402mw.escrow.api.queries import EscrowPage
 from x402mw.escrow.api.redemption import judge
+from x402mw.escrow.api.routes import Route, Routes
 from x402mw.escrow.api.shared import (
-    PAGE_ITEMS,
-    PAGE_ITEMS_MAX,
-    Routes,
+    ON_ESCROW,
     change,
     find_caller,
     find_ledger,
+    find_query,
     on_escrow,
     path_id,
     respond,
@@ -25,7 +27,7 @@ from x402mw.escrow.api.shared import (
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.idempotency import Answer
 from x402mw.escrow.ledger import Ledger, Operation
-from x402mw.escrow.rules.values import MANUAL, STATUSES
+from x402mw.escrow.rules.values import MANUAL
 from x402mw.escrow.transactions import Transaction
 
 
@@ -40,14 +42,16 @@ async def create_escrow(request: Request) -> Response:
 async def list_escrows(request: Request) -> Response:
     """GET /escrow."""
     caller, ledger = await find_caller(request), find_ledger(request)
-    role = web.query_choice(request, "role", ("buyer", "provider"))
-    status = web.query_choice(request, "status", STATUSES)
-    limit = web.query_number(request, "limit", PAGE_ITEMS, PAGE_ITEMS_MAX)
-    after = web.query_number(request, "after", 0) or None
+    query = find_query(request, EscrowPage)
     await ledger.refresh(caller)
     async with ledger.read() as connection:
         page = await sessions.show_all(
-            connection, caller, role=role, status=status, limit=max(limit, 1), after=after
+            connection,
+            caller,
+            role=query.role,
+            status=query.status,
+            limit=query.limit,
+            after=query.after,
         )
     return respond(request, Answer(200, dumps(page).decode()))
 
@@ -144,19 +148,69 @@ async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Clo
     return close_for
 
 
+_ANY = answers.Escrow | answers.ManualEscrow
+_GROWN = answers.Session | answers.ManualEscrow
+_PAYING = "not_covered expired unknown_milestone recipient_mismatch"
+
 ROUTES: Routes = (
-    ("POST", "/escrow", SPEND, create_escrow),
-    ("GET", "/escrow", READ, list_escrows),
-    ("GET", "/escrow/{escrow_id}", READ, show_escrow),
-    ("POST", "/escrow/{escrow_id}/token", SPEND, renew_token),
-    ("POST", "/escrow/{escrow_id}/topup", SPEND, on_escrow(manual_bodies.Grow, _top_up)),
-    ("POST", "/escrow/{escrow_id}/extend", SPEND, on_escrow(manual_bodies.Extension, _extend)),
-    ("POST", "/escrow/{escrow_id}/release", SPEND, on_escrow(manual_bodies.Pay, _release)),
-    (
-        "POST",
-        "/escrow/{escrow_id}/release-partial",
-        SPEND,
-        on_escrow(manual_bodies.PayPart, _release),
+    Route(
+        *("POST", "/escrow", SPEND, create_escrow),
+        "Locks money for a provider: in a session if it brings a session key, else to release by"
+        " hand.",
+        _GROWN,
+        bodies.NewEscrow | manual_bodies.NewManual,
+        status=201,
+        refusals="self_payment unknown_agent unknown_journal agent_revoked below_minimum"
+        " insufficient_funds unknown_referral_code self_referral amount_out_of_range",
     ),
-    ("POST", "/escrow/{escrow_id}/close", f"{SPEND} {PROVIDE}", close),
+    Route(
+        *("GET", "/escrow", READ, list_escrows),
+        "Lists the escrows that you are a party of, newest first.",
+        answers.Escrows,
+        query=EscrowPage,
+    ),
+    Route(
+        *("GET", "/escrow/{escrow_id}", READ, show_escrow),
+        "Shows an escrow to its two parties.",
+        _ANY,
+    ),
+    Route(
+        *("POST", "/escrow/{escrow_id}/token", SPEND, renew_token),
+        "Issues a fresh token of an open session.",
+        answers.Session,
+        bodies.Body,
+        refusals=f"{ON_ESCROW} session_ending",
+        keyed=False,
+    ),
+    on_escrow(
+        *("topup", SPEND, manual_bodies.Grow, _top_up),
+        "Locks more.",
+        "insufficient_funds amount_out_of_range session_ending expired agent_revoked",
+        answer=_GROWN,
+    ),
+    on_escrow(
+        *("extend", SPEND, manual_bodies.Extension, _extend),
+        "Lets it end so much later, within a year from now.",
+        "expired",
+        answer=_ANY,
+    ),
+    on_escrow(
+        *("release", SPEND, manual_bodies.Pay, _release),
+        "Pays the provider an amount, up to a total, a milestone, or all there is.",
+        _PAYING,
+        answer=_ANY,
+    ),
+    on_escrow(
+        *("release-partial", SPEND, manual_bodies.PayPart, _release),
+        "The same, but an amount must be named.",
+        _PAYING,
+        answer=_ANY,
+    ),
+    Route(
+        *("POST", "/escrow/{escrow_id}/close", f"{SPEND} {PROVIDE}", close),
+        "Ends it: for a session, a provider may bring its last voucher; the rest goes home.",
+        _ANY,
+        bodies.Close,
+        refusals=f"{ON_ESCROW} not_covered {redemption.CODES}",
+    ),
 )

@@ -10,21 +10,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from x402mw.core import ids
-from x402mw.core.errors import Malformed
-from x402mw.escrow import sessions, web
+from x402mw.escrow import sessions
 from x402mw.escrow.access import PROVIDE, READ, SPEND
+from x402mw.escrow.api import answers
+from x402mw.escrow.api.queries import Page, Query
+from x402mw.escrow.api.routes import Route, Routes
 from x402mw.escrow.api.shared import (
-    PAGE_ITEMS,
-    PAGE_ITEMS_MAX,
-    Endpoint,
-    Routes,
     authenticate,
     find_caller,
     find_ledger,
+    find_query,
     on_escrow,
     path_id,
 )
-from x402mw.escrow.bodies import Body, printable
+from x402mw.escrow.bodies import Body, EscrowId, printable
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.events.derive import PAUSE, RESUME, Told
 from x402mw.escrow.events.feed import Feed, Position, Reader
@@ -43,7 +42,13 @@ class Reason(Body):
     reason: Annotated[str, Field(max_length=REASON_CHARACTERS_MAX), AfterValidator(printable)] = ""
 
 
-def _telling(kind: str) -> Endpoint:
+class OfEscrow(Query):
+    """`GET /events`: of all escrows, or of one."""
+
+    escrow_id: EscrowId | None = None
+
+
+def _telling(kind: str) -> Route:
     async def operation(
         tx: Transaction, caller: str, escrow_id: str, body: Reason
     ) -> dict[str, Any]:
@@ -56,20 +61,24 @@ def _telling(kind: str) -> Endpoint:
 
     operation.__name__ = kind
     operation.__doc__ = f"POST /escrow/{{id}}/{kind}: tells the other party, and moves nothing."
-    return on_escrow(Reason, operation)
+    return on_escrow(
+        *(kind, f"{SPEND} {PROVIDE}", Reason, operation),
+        f"Tells the other party to {kind}; moves nothing.",
+        "",
+        answer=answers.Escrow,
+    )
 
 
 async def show_history(request: Request) -> Response:
     """GET /escrow/{id}/history: every entry about it, newest first."""
     caller, ledger = await find_caller(request), find_ledger(request)
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
-    limit = max(1, web.query_number(request, "limit", PAGE_ITEMS, PAGE_ITEMS_MAX))
-    after = web.query_number(request, "after", 0)
+    query = find_query(request, Page)
     await ledger.refresh(caller)
     async with ledger.read() as connection:
         escrow = await sessions.as_party(connection, caller, escrow_id)
-        start = after or escrow.last_entry
-        found = await read_history(connection, escrow_id, start, limit)
+        start = query.after or escrow.last_entry
+        found = await read_history(connection, escrow_id, start, query.limit)
     items = [
         describe(entry, escrow.buyer, json.loads(entry.data) if entry.data else {})
         for entry in found
@@ -82,9 +91,10 @@ async def stream_events(request: Request) -> Response:
     """GET /events: Server-Sent Events of the caller's escrows, from now or Last-Event-ID on."""
     caller = await find_caller(request)
     feed: Feed = request.app.state.feed
-    escrow_id = request.query_params.get("escrow_id")
+    escrow_id = find_query(request, OfEscrow).escrow_id
     if escrow_id is not None:
-        await _check_party(request, caller, escrow_id)
+        async with find_ledger(request).read() as connection:
+            await sessions.as_party(connection, caller, escrow_id)
     feed.check_room(caller)
     since = _position(request, await feed.head())
 
@@ -117,15 +127,6 @@ def _write(told: Told) -> str:
     return f"id: {told.id}\nevent: {told.name}\ndata: {told.body}\n\n"
 
 
-async def _check_party(request: Request, caller: str, escrow_id: str) -> None:
-    try:
-        ids.parse_id(ids.ESCROW, escrow_id)
-    except Malformed as error:
-        raise Refused(422, "invalid_request", f"escrow_id: {error}") from None
-    async with find_ledger(request).read() as connection:
-        await sessions.as_party(connection, caller, escrow_id)
-
-
 def _position(request: Request, head: int) -> Position:
     """After which event the stream goes on; without one, after the newest."""
     text = request.headers.get("last-event-id", "")
@@ -138,8 +139,20 @@ def _position(request: Request, head: int) -> Position:
 
 
 ROUTES: Routes = (
-    ("GET", "/escrow/{escrow_id}/history", READ, show_history),
-    ("POST", "/escrow/{escrow_id}/pause", f"{SPEND} {PROVIDE}", _telling(PAUSE)),
-    ("POST", "/escrow/{escrow_id}/resume", f"{SPEND} {PROVIDE}", _telling(RESUME)),
-    ("GET", "/events", READ, stream_events),
+    Route(
+        *("GET", "/escrow/{escrow_id}/history", READ, show_history),
+        "Shows every entry of the books about an escrow, newest first.",
+        answers.History,
+        query=Page,
+    ),
+    _telling(PAUSE),
+    _telling(RESUME),
+    Route(
+        *("GET", "/events", READ, stream_events),
+        "Streams the events of your escrows, from now on or from Last-Event-ID on.",
+        None,
+        query=OfEscrow,
+        refusals="not_found too_many_streams",
+        media="text/event-stream",
+    ),
 )

@@ -9,13 +9,9 @@ from starlette.responses import JSONResponse, Response
 from x402mw.escrow import access, bodies, web
 from x402mw.escrow.access import KEY_ID, READ
 from x402mw.escrow.account_bodies import NewKey, Rotation
-from x402mw.escrow.api.shared import (
-    MANAGING,
-    Routes,
-    find_ledger,
-    find_principal,
-    path_id,
-)
+from x402mw.escrow.api import account_answers as answers
+from x402mw.escrow.api.routes import Route, Routes
+from x402mw.escrow.api.shared import MANAGING, find_ledger, find_principal, path_id
 from x402mw.escrow.transactions import Transaction
 
 
@@ -73,8 +69,34 @@ async def _secretly(
 
 
 ROUTES: Routes = (
-    ("GET", "/agents/me/keys", READ, list_keys),
-    ("POST", "/agents/me/keys", MANAGING, create_key),
-    ("POST", "/agents/me/keys/{key_id}/rotate", MANAGING, rotate_key),
-    ("DELETE", "/agents/me/keys/{key_id}", MANAGING, revoke_key),
+    Route(
+        *("GET", "/agents/me/keys", READ, list_keys),
+        "Lists your keys that work, without their secrets.",
+        answers.Keys,
+    ),
+    Route(
+        *("POST", "/agents/me/keys", MANAGING, create_key),
+        "Makes a key that may no more than the one that asks.",
+        answers.MadeKey,
+        NewKey,
+        status=201,
+        refusals="too_many_keys key_ending",
+        keyed=False,
+    ),
+    Route(
+        *("POST", "/agents/me/keys/{key_id}/rotate", MANAGING, rotate_key),
+        "Replaces a key by a new one like it.",
+        answers.RotatedKey,
+        Rotation,
+        status=201,
+        refusals="too_many_keys key_ending",
+        keyed=False,
+    ),
+    Route(
+        *("DELETE", "/agents/me/keys/{key_id}", MANAGING, revoke_key),
+        "Ends a key at once.",
+        answers.Key,
+        refusals="last_key key_ending",
+        keyed=False,
+    ),
 )

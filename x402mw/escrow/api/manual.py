@@ -5,21 +5,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from x402mw.core import ids
-from x402mw.core.errors import Malformed
-from x402mw.escrow import disputes, manual, web
+from x402mw.escrow import disputes, manual
 from x402mw.escrow import manual_bodies as bodies
 from x402mw.escrow.access import ARBITER, PROVIDE, SPEND
-from x402mw.escrow.api.shared import (
-    PAGE_ITEMS,
-    PAGE_ITEMS_MAX,
-    Routes,
-    find_caller,
-    find_ledger,
-    on_escrow,
-)
+from x402mw.escrow.api import answers
+from x402mw.escrow.api.queries import DisputePage
+from x402mw.escrow.api.routes import Route, Routes
+from x402mw.escrow.api.shared import find_ledger, find_query, on_escrow
 from x402mw.escrow.bodies import Body
-from x402mw.escrow.errors import Refused
 from x402mw.escrow.transactions import Transaction
 
 
@@ -35,66 +28,79 @@ async def _withdraw(tx: Transaction, caller: str, escrow_id: str, _body: Body) -
 
 async def list_disputes(request: Request) -> Response:
     """GET /disputes, for arbiters."""
-    await find_caller(request)
-    limit = max(1, web.query_number(request, "limit", PAGE_ITEMS, PAGE_ITEMS_MAX))
+    query = find_query(request, DisputePage)
+    opened_at, _, escrow_id = (query.after or "").partition(".")
+    after = (int(opened_at), escrow_id) if escrow_id else None
     async with find_ledger(request).read() as connection:
-        page = await disputes.show_all(connection, limit=limit, after=_cursor(request))
+        page = await disputes.show_all(connection, limit=query.limit, after=after)
     return JSONResponse(page)
 
 
-def _cursor(request: Request) -> tuple[int, str] | None:
-    text = request.query_params.get("after")
-    if text is None:
-        return None
-    opened_at, _, escrow_id = text.partition(".")
-    try:
-        ids.parse_id(ids.ESCROW, escrow_id)
-        return int(opened_at[:15]), escrow_id
-    except (Malformed, ValueError):
-        raise Refused(422, "invalid_request", "after is the next of the page before") from None
-
+_EITHER = f"{SPEND} {PROVIDE}"
+_PART = "unknown_milestone not_covered"
 
 ROUTES: Routes = (
-    ("POST", "/escrow/{escrow_id}/settle", SPEND, on_escrow(bodies.Settlement, manual.settle)),
-    (
-        "POST",
-        "/escrow/{escrow_id}/refund",
-        f"{SPEND} {PROVIDE}",
-        on_escrow(bodies.TakeBack, manual.refund),
+    on_escrow(
+        *("settle", SPEND, bodies.Settlement, manual.settle),
+        "Pays the provider one share and takes another back, at once.",
+        "not_covered amount_out_of_range",
     ),
-    ("POST", "/escrow/{escrow_id}/return", PROVIDE, on_escrow(bodies.Return, _return)),
-    ("POST", "/escrow/{escrow_id}/deliver", PROVIDE, on_escrow(bodies.Delivery, manual.deliver)),
-    ("POST", "/escrow/{escrow_id}/approve", SPEND, on_escrow(bodies.Verdict, manual.approve)),
-    ("POST", "/escrow/{escrow_id}/reject", SPEND, on_escrow(bodies.Verdict, manual.reject)),
-    (
-        "POST",
-        "/escrow/{escrow_id}/condition",
-        f"{SPEND} {PROVIDE}",
-        on_escrow(bodies.Outcome, manual.meet_condition),
+    on_escrow(
+        *("refund", _EITHER, bodies.TakeBack, manual.refund),
+        "Sends the buyer what is still held: as the buyer what is not under review, else all.",
+        "not_covered",
     ),
-    (
-        "POST",
-        "/escrow/{escrow_id}/dispute",
-        f"{SPEND} {PROVIDE}",
-        on_escrow(bodies.NewDispute, disputes.dispute),
+    on_escrow(
+        *("return", PROVIDE, bodies.Return, _return),
+        "Gives the buyer back what was paid, from the provider's own account.",
+        "not_the_provider not_covered insufficient_funds",
+        answer=answers.Escrow | answers.ManualEscrow,
     ),
-    (
-        "POST",
-        "/escrow/{escrow_id}/dispute/evidence",
-        f"{SPEND} {PROVIDE}",
-        on_escrow(bodies.Evidence, disputes.add_evidence),
+    on_escrow(
+        *("deliver", PROVIDE, bodies.Delivery, manual.deliver),
+        "Says that a milestone, or all, is done; its review starts.",
+        f"not_the_provider expired {_PART}",
     ),
-    (
-        "POST",
-        "/escrow/{escrow_id}/dispute/withdraw",
-        f"{SPEND} {PROVIDE}",
-        on_escrow(Body, _withdraw),
+    on_escrow(
+        *("approve", SPEND, bodies.Verdict, manual.approve),
+        "Pays a milestone, or all.",
+        _PART,
     ),
-    (
-        "POST",
-        "/escrow/{escrow_id}/dispute/resolve",
-        ARBITER,
-        on_escrow(bodies.Decision, disputes.resolve),
+    on_escrow(
+        *("reject", SPEND, bodies.Verdict, manual.reject),
+        "Does not take a delivery; the provider may deliver again.",
+        _PART,
     ),
-    ("GET", "/disputes", ARBITER, list_disputes),
+    on_escrow(
+        *("condition", _EITHER, bodies.Outcome, manual.meet_condition),
+        "Presents the outcome that was agreed on, which pays the provider; anybody may.",
+        "no_condition condition_not_met expired not_covered",
+        answer=answers.ConditionMet,
+    ),
+    on_escrow(
+        *("dispute", _EITHER, bodies.NewDispute, disputes.dispute),
+        "Holds an amount back until an arbiter decides.",
+        f"too_much_evidence {_PART}",
+    ),
+    on_escrow(
+        *("dispute/evidence", _EITHER, bodies.Evidence, disputes.add_evidence),
+        "Adds a statement to the open dispute.",
+        "too_much_evidence",
+    ),
+    on_escrow(
+        *("dispute/withdraw", _EITHER, Body, _withdraw),
+        "Takes a dispute back; only who opened it may.",
+        "not_the_opener",
+    ),
+    on_escrow(
+        *("dispute/resolve", ARBITER, bodies.Decision, disputes.resolve),
+        "Decides a dispute: how much of it goes to whom.",
+        "arbiter_is_party not_covered amount_out_of_range",
+    ),
+    Route(
+        *("GET", "/disputes", ARBITER, list_disputes),
+        "Lists open disputes, oldest first.",
+        answers.Disputes,
+        query=DisputePage,
+    ),
 )

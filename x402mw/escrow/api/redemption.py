@@ -3,13 +3,13 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
-from x402mw.core import ids
-from x402mw.core.errors import Malformed
 from x402mw.core.vouchers import network_id
 from x402mw.escrow import bodies, redemption, web
 from x402mw.escrow.access import PROVIDE
-from x402mw.escrow.api.shared import PAGE_ITEMS, Routes, find_caller, find_ledger
-from x402mw.escrow.errors import Refused
+from x402mw.escrow.api import answers
+from x402mw.escrow.api.queries import Changes
+from x402mw.escrow.api.routes import Route, Routes
+from x402mw.escrow.api.shared import find_caller, find_ledger, find_query
 from x402mw.escrow.ledger import Ledger
 
 REDEEM_BYTES_MAX = 1024 * 1024
@@ -39,18 +39,15 @@ async def judge(
 async def show_changes(request: Request) -> Response:
     """GET /changes."""
     caller, ledger = await find_caller(request), find_ledger(request)
-    try:
-        journal = ids.format_id(
-            ids.JOURNAL, ids.parse_id(ids.JOURNAL, request.query_params.get("journal"))
-        )
-    except Malformed as error:
-        raise Refused(422, "invalid_request", f"journal: {error}") from None
-    since = web.query_number(request, "since", 0)
-    serial = web.query_number(request, "serial", 0)
-    limit = web.query_number(request, "limit", PAGE_ITEMS, redemption.CHANGES_MAX)
+    query = find_query(request, Changes)
     answer = await ledger.perform(
         lambda tx: redemption.show_changes(
-            tx, caller, journal, serial=serial, since=since, limit=max(limit, 1)
+            tx,
+            caller,
+            query.journal,
+            serial=query.serial,
+            since=query.since,
+            limit=query.limit,
         ),
         caller=caller,
     )
@@ -58,6 +55,18 @@ async def show_changes(request: Request) -> Response:
 
 
 ROUTES: Routes = (
-    ("POST", "/redeem", PROVIDE, redeem),
-    ("GET", "/changes", PROVIDE, show_changes),
+    Route(
+        *("POST", "/redeem", PROVIDE, redeem),
+        "Redeems vouchers in a batch; each is judged alone.",
+        answers.Redeemed,
+        bodies.Redemption,
+        refusals="not_found amount_out_of_range",
+    ),
+    Route(
+        *("GET", "/changes", PROVIDE, show_changes),
+        "Shows the sessions of a journal that changed, in the order of their last change.",
+        answers.ChangeList,
+        query=Changes,
+        refusals="not_found",
+    ),
 )

@@ -4,7 +4,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from x402mw.core.strict import b64url_encode
-from x402mw.escrow.api.shared import OPEN, Routes, find_ledger
+from x402mw.escrow.api import account_answers as answers
+from x402mw.escrow.api.routes import OPEN, Route, Routes
+from x402mw.escrow.api.shared import find_ledger
 
 
 async def show_health(request: Request) -> Response:
@@ -13,7 +15,7 @@ async def show_health(request: Request) -> Response:
     return JSONResponse({"status": "ok", "network": ledger.settings.network, "time": ledger.now()})
 
 
-async def show_keys(request: Request) -> Response:
+async def show_signing_keys(request: Request) -> Response:
     """GET /.well-known/x402mw-keys."""
     ledger = find_ledger(request)
     return JSONResponse(
@@ -26,6 +28,14 @@ async def show_keys(request: Request) -> Response:
 
 
 ROUTES: Routes = (
-    ("GET", "/health", OPEN, show_health),
-    ("GET", "/.well-known/x402mw-keys", OPEN, show_keys),
+    Route(
+        *("GET", "/health", OPEN, show_health),
+        "Shows that the service answers.",
+        answers.Health,
+    ),
+    Route(
+        *("GET", "/.well-known/x402mw-keys", OPEN, show_signing_keys),
+        "Shows the keys that tokens are signed with, vouched for by the root key.",
+        answers.SigningKeys,
+    ),
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,25 +11,21 @@ from x402mw.core import ids
 from x402mw.core.errors import Malformed
 from x402mw.escrow import access, web
 from x402mw.escrow.access import Principal
-from x402mw.escrow.api import dialects
+from x402mw.escrow.api import answers, dialects
+from x402mw.escrow.api.queries import Query, read_query
+from x402mw.escrow.api.routes import Endpoint, Route
 from x402mw.escrow.errors import not_found
 from x402mw.escrow.idempotency import Answer
 from x402mw.escrow.ledger import Ledger
 from x402mw.escrow.transactions import Transaction
 
-PAGE_ITEMS = 100
-PAGE_ITEMS_MAX = 500
 _BEARER = "bearer "
-Endpoint = Callable[[Request], Awaitable[Response]]
-Routes = tuple[tuple[str, str, str, Endpoint], ...]
-"""(method, path below the base, scopes, function) of each route.
-
-Of the scopes, separated by spaces, a key needs one; a route with none needs no key.
-"""
-
-OPEN = ""
 MANAGING = " ".join(scope for scope in access.SCOPES if scope in access.MANAGING)
-_PRINCIPAL = "x402mw.principal"
+ON_ESCROW = "invalid_state wrong_kind not_the_buyer"
+"""The codes of nearly every operation on an escrow."""
+
+AnyQuery = TypeVar("AnyQuery", bound=Query)
+_PRINCIPAL, _QUERY = "x402mw.principal", "x402mw.query"
 
 
 def find_ledger(request: Request) -> Ledger:
@@ -38,18 +34,18 @@ def find_ledger(request: Request) -> Ledger:
     return ledger
 
 
-def guard(scopes: str, endpoint: Endpoint) -> Endpoint:
-    """Lets only keys with one of some scopes come to a route."""
-    needed = scopes.split()
-    if not needed:
-        return endpoint
+def guard(route: Route) -> Endpoint:
+    """Lets only keys with one of its scopes come to a route, and reads its query."""
+    needed, endpoint = route.scopes.split(), route.endpoint
 
     @wraps(endpoint)
     async def guarded(request: Request) -> Response:
-        principal = await authenticate(request)
-        if principal.scopes.isdisjoint(needed):
-            raise access.lacking(needed)
-        request.scope[_PRINCIPAL] = principal
+        if needed:
+            principal = await authenticate(request)
+            if principal.scopes.isdisjoint(needed):
+                raise access.lacking(needed)
+            request.scope[_PRINCIPAL] = principal
+        request.scope[_QUERY] = read_query(request, route.query)
         return await endpoint(request)
 
     return guarded
@@ -71,6 +67,12 @@ def find_principal(request: Request) -> Principal:
     """Whom `guard` let in."""
     principal: Principal = request.scope[_PRINCIPAL]
     return principal
+
+
+def find_query(request: Request, _model: type[AnyQuery]) -> AnyQuery:
+    """The query of this request, of the model that its route names."""
+    query: AnyQuery = request.scope[_QUERY]
+    return query
 
 
 async def find_caller(request: Request) -> str:
@@ -118,10 +120,16 @@ def respond(request: Request, answer: Answer) -> Response:
 
 
 def on_escrow(
+    name: str,
+    scopes: str,
     model: type[web.Model],
     operation: Callable[[Transaction, str, str, web.Model], Awaitable[dict[str, Any]]],
-) -> Endpoint:
-    """An endpoint that does one operation on the escrow of its path."""
+    summary: str,
+    refusals: str,
+    *,
+    answer: Any = answers.ManualEscrow,
+) -> Route:
+    """The route of one operation on the escrow of its path."""
 
     async def endpoint(request: Request) -> Response:
         escrow_id = path_id(request, "escrow_id", ids.ESCROW)
@@ -130,4 +138,13 @@ def on_escrow(
         )
 
     endpoint.__name__, endpoint.__doc__ = operation.__name__, operation.__doc__
-    return endpoint
+    return Route(
+        "POST",
+        f"/escrow/{{escrow_id}}/{name}",
+        scopes,
+        endpoint,
+        summary,
+        answer,
+        model,
+        refusals=f"{ON_ESCROW} {refusals}",
+    )

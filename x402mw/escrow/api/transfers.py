@@ -3,18 +3,13 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from x402mw.escrow import transfers, web
+from x402mw.escrow import transfers
 from x402mw.escrow.access import READ, SPEND
 from x402mw.escrow.account_bodies import NewTransfer
-from x402mw.escrow.api.shared import (
-    PAGE_ITEMS,
-    PAGE_ITEMS_MAX,
-    Routes,
-    change,
-    find_caller,
-    find_ledger,
-    path_id,
-)
+from x402mw.escrow.api import account_answers as answers
+from x402mw.escrow.api.queries import TransferPage
+from x402mw.escrow.api.routes import Route, Routes
+from x402mw.escrow.api.shared import change, find_caller, find_ledger, find_query, path_id
 
 
 async def create_transfer(request: Request) -> Response:
@@ -25,12 +20,10 @@ async def create_transfer(request: Request) -> Response:
 async def list_transfers(request: Request) -> Response:
     """GET /transfers."""
     caller = await find_caller(request)
-    role = web.query_choice(request, "role", ("sender", "recipient"))
-    limit = web.query_number(request, "limit", PAGE_ITEMS, PAGE_ITEMS_MAX)
-    after = web.query_number(request, "after", 0) or None
+    query = find_query(request, TransferPage)
     async with find_ledger(request).read() as connection:
         page = await transfers.show_all(
-            connection, caller, role=role, limit=max(limit, 1), after=after
+            connection, caller, role=query.role, limit=query.limit, after=query.after
         )
     return JSONResponse(page)
 
@@ -44,7 +37,23 @@ async def show_transfer(request: Request) -> Response:
 
 
 ROUTES: Routes = (
-    ("POST", "/transfers", SPEND, create_transfer),
-    ("GET", "/transfers", READ, list_transfers),
-    ("GET", "/transfers/{transfer_id}", READ, show_transfer),
+    Route(
+        *("POST", "/transfers", SPEND, create_transfer),
+        "Pays another agent at once, without an escrow; it cannot be taken back.",
+        answers.Transfer,
+        NewTransfer,
+        status=201,
+        refusals="self_payment unknown_agent agent_revoked insufficient_funds",
+    ),
+    Route(
+        *("GET", "/transfers", READ, list_transfers),
+        "Lists your transfers, newest first.",
+        answers.Transfers,
+        query=TransferPage,
+    ),
+    Route(
+        *("GET", "/transfers/{transfer_id}", READ, show_transfer),
+        "Shows a transfer to its two parties.",
+        answers.Transfer,
+    ),
 )

@@ -7,14 +7,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from x402mw.escrow.access import READ
-from x402mw.escrow.api.shared import (
-    MANAGING,
-    Routes,
-    change,
-    find_caller,
-    find_ledger,
-    path_id,
-)
+from x402mw.escrow.api import account_answers as answers
+from x402mw.escrow.api.routes import Route, Routes
+from x402mw.escrow.api.shared import MANAGING, change, find_caller, find_ledger, path_id
 from x402mw.escrow.bodies import Body, EscrowId, printable
 from x402mw.escrow.errors import not_found
 from x402mw.escrow.events import webhooks
@@ -107,11 +102,41 @@ def _event_number(text: str) -> tuple[int, int]:
 
 
 _ONE = "/webhooks/{webhook_id}"
+_ONE = "/webhooks/{webhook_id}"
 ROUTES: Routes = (
-    ("POST", "/webhooks", MANAGING, create_webhook),
-    ("GET", "/webhooks", READ, list_webhooks),
-    ("DELETE", _ONE, MANAGING, delete_webhook),
-    ("POST", _ONE + "/rotate", MANAGING, rotate_webhook),
-    ("GET", _ONE + "/deliveries", READ, list_deliveries),
-    ("POST", _ONE + "/deliveries/{event_id}/redeliver", MANAGING, redeliver),
+    Route(
+        *("POST", "/webhooks", MANAGING, create_webhook),
+        "Makes a webhook: from now on events are sent to a URL, signed with its secret.",
+        answers.MadeWebhook,
+        NewWebhook,
+        status=201,
+        refusals="not_found too_many_webhooks",
+    ),
+    Route(
+        *("GET", "/webhooks", READ, list_webhooks),
+        "Lists your webhooks, without their secrets.",
+        answers.Webhooks,
+    ),
+    Route(
+        *("DELETE", _ONE, MANAGING, delete_webhook),
+        "Deletes a webhook, with all that it was not told yet.",
+        answers.Webhook,
+    ),
+    Route(
+        *("POST", _ONE + "/rotate", MANAGING, rotate_webhook),
+        "Makes the next secret; for a day deliveries are signed with both.",
+        answers.RotatedWebhook,
+        Body,
+    ),
+    Route(
+        *("GET", _ONE + "/deliveries", READ, list_deliveries),
+        "Lists the newest deliveries of a webhook, dead ones among them.",
+        answers.Deliveries,
+    ),
+    Route(
+        *("POST", _ONE + "/deliveries/{event_id}/redeliver", MANAGING, redeliver),
+        "Sends one event again as soon as possible.",
+        answers.Delivery,
+        Body,
+    ),
 )
