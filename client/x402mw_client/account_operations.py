@@ -127,10 +127,10 @@ def list_transfers(
 
 
 def iter_transfers(
-    *, role: str | None = None, progress: Progress | None = None
+    *, role: str | None = None, page_items: int | None = None, progress: Progress | None = None
 ) -> Listing[Transfer]:
     """Goes through all our transfers, newest first."""
-    return Listing(lambda after: list_transfers(role=role, after=after), progress)
+    return Listing(lambda after: list_transfers(role=role, limit=page_items, after=after), progress)
 
 
 # For the admins of a tenant.
@@ -142,9 +142,11 @@ def list_agents(*, limit: int | None = None, after: str | None = None) -> Operat
     return Operation(Page[Agent], "GET", f"{API}/admin/agents", query=query)
 
 
-def iter_agents(*, progress: Progress | None = None) -> Listing[Agent]:
+def iter_agents(
+    *, page_items: int | None = None, progress: Progress | None = None
+) -> Listing[Agent]:
     """Goes through all agents of our tenant."""
-    return Listing(lambda after: list_agents(after=after), progress)
+    return Listing(lambda after: list_agents(limit=page_items, after=after), progress)
 
 
 def list_agent_escrows(
@@ -155,9 +157,13 @@ def list_agent_escrows(
     return Operation(Page[EscrowRecord], "GET", f"{API}/admin/escrow", query=query)
 
 
-def iter_agent_escrows(agent_id: str, *, progress: Progress | None = None) -> Listing[EscrowRecord]:
+def iter_agent_escrows(
+    agent_id: str, *, page_items: int | None = None, progress: Progress | None = None
+) -> Listing[EscrowRecord]:
     """Goes through all escrows of one agent of our tenant, newest first."""
-    return Listing(lambda after: list_agent_escrows(agent_id, after=after), progress)
+    return Listing(
+        lambda after: list_agent_escrows(agent_id, limit=page_items, after=after), progress
+    )
 
 
 def agent_escrow_status(escrow: AnyEscrow) -> Operation[EscrowRecord]:

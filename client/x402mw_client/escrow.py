@@ -1,7 +1,8 @@
 """The escrow's HTTP API, written once for async and sync callers.
 
-`operations`, `manual_operations` and `account_operations` say what can be asked, as plain values;
-`AsyncEscrowClient` and `EscrowClient` only carry that out. Their methods are one table, `_Methods`.
+`operations` and its sisters (`manual_`, `account_`, `event_operations`) say what can be asked, as
+plain values; `AsyncEscrowClient` and `EscrowClient` only carry that out. Their methods are one
+table, `_Methods`.
 Every operation that changes something carries an `Idempotency-Key`, so a repeated call can never
 move money twice; what is safe to repeat is repeated a few times before `EscrowUnavailable` is
 raised.
@@ -23,6 +24,7 @@ from x402mw.core.errors import EscrowRefused, EscrowUnavailable, InsecureOrigin,
 from x402mw.core.messages import validate
 from x402mw.core.strict import dumps, loads_object
 from x402mw_client import account_operations as accounts
+from x402mw_client import event_operations as events
 from x402mw_client import manual_operations as manual
 from x402mw_client import operations
 from x402mw_client.operations import Listing, Operation, Steps
@@ -135,6 +137,11 @@ class _Methods:
     release = _Method(operations.release)
     close = _Method(operations.close)
 
+    list_history = _Method(events.list_history)
+    iter_history = _Walk(events.iter_history)
+    pause = _Method(events.pause)
+    resume = _Method(events.resume)
+
     # Manual escrows.
     lock = _Method(manual.lock)
     create_timed_escrow = _Method(manual.create_timed_escrow)
@@ -161,6 +168,14 @@ class _Methods:
     renew_token = _Method(operations.renew_token)
     redeem = _Method(operations.redeem)
     changes = _Method(operations.changes)
+
+    # Webhooks.
+    create_webhook = _Method(events.create_webhook)
+    list_webhooks = _Method(events.list_webhooks)
+    delete_webhook = _Method(events.delete_webhook)
+    rotate_webhook = _Method(events.rotate_webhook)
+    list_deliveries = _Method(events.list_deliveries)
+    redeliver = _Method(events.redeliver)
 
     # For admins of a tenant, and the operator.
     list_agents = _Method(accounts.list_agents)

@@ -300,6 +300,8 @@ def list_disputes(
     return Operation(Page[DisputeRecord], "GET", f"{API}/disputes", query=query)
 
 
-def iter_disputes(*, progress: Progress | None = None) -> Listing[DisputeRecord]:
+def iter_disputes(
+    *, page_items: int | None = None, progress: Progress | None = None
+) -> Listing[DisputeRecord]:
     """Goes through all open disputes, oldest first; for arbiters."""
-    return Listing(lambda after: list_disputes(after=after), progress)
+    return Listing(lambda after: list_disputes(limit=page_items, after=after), progress)

@@ -138,11 +138,15 @@ def write_id(prefix: str, text: str) -> str:
         raise LocalError(str(error)) from None
 
 
+def name_of(escrow: AnyEscrow) -> str:
+    """The id of an escrow as text, or `LocalError`."""
+    raw = escrow.session if isinstance(escrow, EscrowRecord) else escrow
+    return ids.format_id(ids.ESCROW, raw) if isinstance(raw, bytes) else write_id(ids.ESCROW, raw)
+
+
 def path_of(escrow: AnyEscrow, action: str = "") -> str:
     """The path of what is done to one escrow."""
-    raw = escrow.session if isinstance(escrow, EscrowRecord) else escrow
-    name = ids.format_id(ids.ESCROW, raw) if isinstance(raw, bytes) else write_id(ids.ESCROW, raw)
-    return f"/escrow/{name}{action}"
+    return f"/escrow/{name_of(escrow)}{action}"
 
 
 # The service itself.
@@ -240,10 +244,17 @@ def list_escrows(
 
 
 def iter_escrows(
-    *, role: str | None = None, status: str | None = None, progress: Progress | None = None
+    *,
+    role: str | None = None,
+    status: str | None = None,
+    page_items: int | None = None,
+    progress: Progress | None = None,
 ) -> Listing[EscrowRecord]:
     """Goes through all our escrows, newest first; pages are fetched as they are needed."""
-    return Listing(lambda after: list_escrows(role=role, status=status, after=after), progress)
+    return Listing(
+        lambda after: list_escrows(role=role, status=status, limit=page_items, after=after),
+        progress,
+    )
 
 
 def topup(escrow: AnyEscrow, amount: Money, *, key: str | None = None) -> Operation[EscrowRecord]:

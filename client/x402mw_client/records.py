@@ -4,9 +4,9 @@ Amounts are atomic units (`Atomic`, whole numbers) whatever text they came in, t
 since the epoch; ids of escrows and journals raw bytes, those of agents, keys and transfers text.
 """
 
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from x402mw.core import ids
 from x402mw.core.amounts import ZERO, Atomic, to_atomic, to_atomic_floor
@@ -21,6 +21,9 @@ SessionId = Annotated[bytes, reads(lambda text: ids.parse_id(ids.ESCROW, text))]
 JournalId = Annotated[bytes, reads(lambda text: ids.parse_id(ids.JOURNAL, text))]
 Key = Annotated[bytes, reads(lambda text: b64url_decode(text, PUBLIC_KEY_BYTES))]
 
+
+# A manual escrow has none; its answers may say so by an empty text.
+Empty = BeforeValidator(lambda value: None if value == "" else value)
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -236,8 +239,8 @@ class EscrowRecord(Answer):
     disputed: Whole = ZERO
     fee: Whole
     redeemed: Whole = ZERO
-    session_key: Key | None = None
-    journal: JournalId | None = None
+    session_key: Annotated[Key | None, Empty] = None
+    journal: Annotated[JournalId | None, Empty] = None
     memo: str | None = None
     on_expiry: str | None = None
     created_at: int = 0
@@ -275,6 +278,69 @@ class Page(Answer, Generic[T]):
 
     items: list[T]
     next: str | None = None
+
+
+class HistoryLine(Answer):
+    """One thing that happened to an escrow, and what it moved; `released` is before the `fee`.
+
+    `actor` is an agent, "operator", or None for time. It was written at `at`, and counts since
+    `effective_at` if that is another second.
+    """
+
+    id: str
+    kind: str
+    actor: str | None = None
+    at: int
+    effective_at: int | None = None
+    locked: Amount
+    released: Amount
+    fee: Amount
+    refunded: Amount
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class Webhook(Answer):
+    """A URL that is told what happens; without `events` all kinds, without `escrow_id` all ours."""
+
+    webhook_id: str
+    url: str
+    events: list[str]
+    escrow_id: str | None = None
+    status: str
+    created_at: int
+
+
+class NewWebhook(Webhook):
+    """A webhook with a fresh secret, shown this once."""
+
+    secret: str = Field(repr=False)
+    old_secret_until: int | None = None
+
+
+class Webhooks(Answer):
+    """All webhooks of an agent, oldest first."""
+
+    items: list[Webhook]
+
+
+class Delivery(Answer):
+    """What became of telling one event to one webhook; `state` is waiting, delivered or dead."""
+
+    event_id: str
+    event: str
+    escrow_id: str | None = None
+    state: str
+    attempts: int
+    outcome: str | None = None
+    created_at: int
+    changed_at: int
+    next_at: int | None = None
+
+
+class Deliveries(Answer):
+    """The newest deliveries of a webhook."""
+
+    items: list[Delivery]
 
 
 class Verdict(Answer):
