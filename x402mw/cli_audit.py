@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from x402mw.escrow.audit.verifying import Remembered, Verifier
 
 app = typer.Typer(no_args_is_help=True, help="Verifies and exports the log of an escrow.")
-FileOption = Annotated[Path | None, typer.Option(exists=True, dir_okay=False)]
 _STEP = 1000
 
 

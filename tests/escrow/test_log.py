@@ -106,6 +106,19 @@ async def test_what_entries_led_to_is_marked(db: str) -> None:
     assert said == [none, none, low, none, exhausted, none, '{"ended":"buyer_close"}']
 
 
+@pytest.mark.parametrize(("wish", "marked"), [("4", True), ("3.99", False), ("0", False)])
+async def test_the_warning_is_set_at_creation(db: str, wish: str, *, marked: bool) -> None:
+    """Events: who opens an escrow says below what it warns; 0 is never, of both kinds."""
+    async with market(db) as m:
+        name = (await m.open("10", low_balance=wish))["escrow_id"]
+        manual = {"to_agent_id": m.provider.agent_id, "amount": "10", "low_balance": wish}
+        other = (await m.post(m.buyer, "/escrow", manual)).json()["escrow_id"]
+        await m.post(m.buyer, f"/escrow/{name}/release", {"cumulative": "6"})
+        await m.post(m.buyer, f"/escrow/{other}/release", {"amount": "6"})
+        said = [row.data for row in await entries_of(m) if row.kind == "release"]
+    assert ["low_balance" in (data or "") for data in said] == [marked, marked]
+
+
 async def test_a_note_moves_nothing_and_is_proven(db: str) -> None:
     """Audit: what an account did without money is entered, chained, and passes the check."""
     async with market(db) as m:

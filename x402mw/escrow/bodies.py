@@ -115,6 +115,7 @@ class NewEscrow(Body):
     )
     memo: Memo = ""
     referral_code: ReferralCode | None = None
+    low_balance: Amount | None = None
 
 
 class RedemptionItem(Body):

@@ -17,6 +17,7 @@ from x402mw.escrow.bodies import (
     MEMO_CHARACTERS_MAX,
     NAME_CHARACTERS_MAX,
     AgentId,
+    Amount,
     Body,
     PublicKey,
     ReferralCode,
@@ -173,6 +174,7 @@ class NewManual(Lifetime):
     payees: Annotated[list[Payee], Field(max_length=PAYEES_MAX)] = Field(default_factory=list)
     condition: Condition | None = None
     referral_code: ReferralCode | None = None
+    low_balance: Amount | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -70,7 +70,7 @@ async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]
         memo=wish.memo,
         created_at=tx.now,
         expires_at=tx.now + wish.expires_in_seconds,
-    )
+    )._replace(low_balance=wish.low_balance)
     await agents.check_funds(tx, buyer, wish.amount)
     locked, token = await _issue(tx, session.top_up(empty, wish.amount))
     return {**describe(tx.save(empty, locked, "lock")), "token": token}
