@@ -1,8 +1,9 @@
 """The books: append-only, chained, and checked by a judge that notices."""
 
+import asyncio
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -36,17 +37,17 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="module", params=DATABASES)
-async def traded(
+def traded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[str]:
+) -> Iterator[str]:
     """A database of each kind with a little trade in it: open, closing and ended sessions."""
     if request.param == "sqlite":
         url = str(tmp_path_factory.mktemp("traded") / "escrow.db")
-        await _trade(url)
+        asyncio.run(_trade(url))
         yield url
     else:
         with fresh_database() as url:
-            await _trade(url)
+            asyncio.run(_trade(url))
             yield url
 
 
