@@ -3,6 +3,7 @@
 from typing import Any
 
 from x402mw.core.errors import X402mwError
+from x402mw.escrow.problems import PROBLEMS
 
 PROBLEM = "urn:x402mw:problem:"
 
@@ -10,7 +11,7 @@ PROBLEM = "urn:x402mw:problem:"
 class Refused(X402mwError):
     """The escrow refuses a request and has changed nothing.
 
-    `code` is stable and documented in `docs/escrow.md`; `detail` is for people and never repeats
+    `code` is one of `PROBLEMS`, which says what to do now; `detail` is for people and never repeats
     what others own or what an exception said.
     """
 
@@ -39,6 +40,7 @@ class Refused(X402mwError):
             "title": self.reason.replace("_", " ").capitalize(),
             "status": self.status,
             "detail": self.detail,
+            "advice": PROBLEMS[self.reason].advice,
             **self.members,
         }
 

@@ -15,7 +15,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.core.errors import Malformed
 from x402mw.core.strict import loads_object
 from x402mw.escrow.database import is_unavailable
@@ -32,6 +31,9 @@ body has fewer, one for so many bytes of its limit: 512 in what anybody may send
 FIELD_CHARACTERS_MAX = 100
 PROBLEM_TYPE = "application/problem+json"
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
+_JSON = re.compile(
+    r"application/([\w.!#$&^-]+\+)?json(\s*;\s*charset=(\"?)utf-?8\3)?\s*", re.ASCII | re.IGNORECASE
+)
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -46,6 +48,8 @@ async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[s
         raw += chunk
         if len(raw) > bytes_max:
             raise _too_large(bytes_max)
+    if raw:
+        _check_media_type(request)
     values_max = min(BODY_VALUES_MAX, bytes_max // VALUE_BYTES)
     if raw.count(b",") >= values_max:
         raise Refused(413, "body_too_large", f"a body has at most {values_max} values here")
@@ -53,6 +57,15 @@ async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[s
         return loads_object(bytes(raw)) if raw.strip() else {}
     except Malformed as error:
         raise Refused(400, "malformed", str(error)) from None
+
+
+def _check_media_type(request: Request) -> None:
+    """JSON, or not said to be anything: whatever else a client names, it does not mean JSON."""
+    text = request.headers.get("content-type", "application/json")
+    if not _JSON.fullmatch(text) or "content-encoding" in request.headers:
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+        detail = "a body is application/json in UTF-8, and not compressed"
+        raise Refused(415, "unsupported_media_type", detail, headers=headers)
 
 
 def _announced_bytes(request: Request) -> int:
@@ -88,24 +101,6 @@ def parse(model: type[Model], value: dict[str, Any]) -> Model:
         raise Refused(
             422, "invalid_request", f"{first['field']}: {first['message']}", errors=fields[:20]
         ) from None
-
-
-def query_number(request: Request, name: str, default: int, maximum: int = AMOUNT_MAX) -> int:
-    """Reads a whole number from the query."""
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not _NUMBER.fullmatch(text) or int(text) > maximum:
-        raise Refused(422, "invalid_request", f"{name} is a whole number up to {maximum}")
-    return int(text)
-
-
-def query_choice(request: Request, name: str, choices: tuple[str, ...]) -> str | None:
-    """Reads one of several words from the query, or None if it is absent."""
-    text = request.query_params.get(name)
-    if text is not None and text not in choices:
-        raise Refused(422, "invalid_request", f"{name} is one of {', '.join(choices)}")
-    return text
 
 
 def idempotency_key(request: Request, principal: str, value: dict[str, Any]) -> Key | None:
@@ -148,7 +143,7 @@ async def on_http(_request: Request, error: Exception) -> Response:
     """Answers what the router refuses: unknown paths and methods."""
     if not isinstance(error, HTTPException):
         raise error
-    code = _CODES.get(error.status_code, "refused")
+    code = _CODES.get(error.status_code, "malformed")
     headers = dict(error.headers or {})
     return problem_response(
         Refused(error.status_code, code, "there is no such path or method here", headers=headers)
