@@ -9,7 +9,7 @@ operation therefore leaves no row different (I10).
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from sqlalchemy import insert, select
@@ -21,7 +21,7 @@ from x402mw.escrow.events.marks import mark
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules.money import balance_changes, transfers
 from x402mw.escrow.rules.table import Event
-from x402mw.escrow.rules.values import CHANGING, Escrow, Transfer
+from x402mw.escrow.rules.values import CHANGING, PAYING, Escrow, Transfer
 from x402mw.escrow.sets import Do, Set, Shape, write
 from x402mw.escrow.settings import Settings
 
@@ -33,6 +33,8 @@ _SILENT = Event.TOKEN.value
 _PROVIDERS_OWN = Event.REDEEM.value
 """Only a provider redeems: to say so a thousand times in a batch would cost 2 % of it."""
 _CHANGES = attrgetter(*CHANGING, "escrow_id")
+_PAID = attrgetter(*PAYING, "escrow_id")
+_BESIDE = itemgetter(*(Escrow._fields.index(name) for name in CHANGING if name not in PAYING))
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ _NEW_CHECKPOINT = Shape(Do.INSERT, schema.checkpoints, ("seq", "hash", "created_
 _NEW_POSTING = Shape(Do.INSERT, schema.postings, ("seq", "line", *Transfer._fields))
 _BALANCE = Shape(Do.ADD, schema.accounts, ("balance", "account"))
 _ESCROW = Shape(Do.UPDATE, schema.escrows, (*CHANGING, "escrow_id"))
+_PAID_ESCROW = Shape(Do.UPDATE, schema.escrows, (*PAYING, "escrow_id"))
 _SERVICE = Shape(Do.UPDATE, schema.service, (*_HEADS, "id"))
 
 
@@ -95,6 +98,7 @@ class Transaction:
         self._entries: list[Entry] = []
         self._new_escrows: dict[str, Escrow] = {}
         self._changed_escrows: dict[str, Escrow] = {}
+        self._changed_beside: set[str] = set()
 
     @classmethod
     async def begin(
@@ -146,6 +150,9 @@ class Transaction:
             self._new_escrows[after.escrow_id] = after
         else:
             self._changed_escrows[after.escrow_id] = after
+            # A column that is written is written in its indexes too, changed or not.
+            if _BESIDE(after) != _BESIDE(before):
+                self._changed_beside.add(after.escrow_id)
         return after
 
     def post(
@@ -202,6 +209,7 @@ class Transaction:
         self._entries.clear()
         self._new_escrows.clear()
         self._changed_escrows.clear()
+        self._changed_beside.clear()
 
     # Rows.
 
@@ -238,7 +246,12 @@ class Transaction:
             for entry in self._entries
             for line, move in enumerate(entry.transfers)
         ]
-        changed = list(map(_CHANGES, self._changed_escrows.values()))
+        paid, changed = [], []
+        for name, escrow in self._changed_escrows.items():
+            if name in self._changed_beside:
+                changed.append(_CHANGES(escrow))
+            else:
+                paid.append(_PAID(escrow))
         checkpoints = self._checkpoints()
         state = _STATE(self.service)
         heads = [] if state == self._clean else [(*state[3:], self.service.id)]
@@ -249,6 +262,7 @@ class Transaction:
             Set(_NEW_ENTRY, chained),
             Set(_NEW_POSTING, lines),
             Set(_NEW_CHECKPOINT, checkpoints),
+            Set(_PAID_ESCROW, paid),
             Set(_ESCROW, changed),
             Set(_SERVICE, heads),
         )

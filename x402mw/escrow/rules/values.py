@@ -112,6 +112,9 @@ CHANGING = (
 )
 """The fields that an event may change; all others stay as they were at creation."""
 
+PAYING = ("status", "released", "redeemed", "fee", "referral", "change", "last_entry")
+"""Those of them that a payment changes which ends nothing: they are in no index but one."""
+
 
 class Transfer(NamedTuple):
     """One line of an entry: `amount` > 0 moves between two accounts, so entries always balance."""
