@@ -78,6 +78,7 @@ async def test_the_text_dialect_buys(send: Any, tmp_path: Path) -> None:
         assert billing.refund(whole)["status"] == "refunded"
         listed = billing.list(shown["from_agent_id"])["items"]
         assert [item["escrow_id"] for item in listed] == [whole, eid]
+        assert billing.list(provider)["code"] == "not_found"
 
     async with market(tmp_path) as m:
         await visit(m, story, "/api/v1")

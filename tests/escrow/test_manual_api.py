@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from tests.escrow.market import Market, code_of, market
-from x402mw.core.keys import public_key, secret_key, sign
+from x402mw.core import ids
+from x402mw.core.keys import public_key
+from x402mw.core.outcomes import sign_outcome
 from x402mw.core.strict import b64url_encode
-from x402mw.escrow.manual import outcome_message
 
 pytestmark = pytest.mark.anyio
 
@@ -259,7 +260,7 @@ async def test_a_condition_pays_who_presents_it(db: str) -> None:
         assert (await m.show(by_hash))["status"] == "released"
         key = b64url_encode(public_key(seed))
         signed, other = [await lock(m, condition={"oracle_key": key}) for _ in range(2)]
-        signature = b64url_encode(sign(secret_key(seed), outcome_message(signed, outcome.encode())))
+        signature = b64url_encode(sign_outcome(ids.parse_id(ids.ESCROW, signed), outcome, seed))
         said = {"outcome": outcome, "signature": signature}
         assert await refused(m, m.provider, other, "condition", **said) == (
             409,

@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from x402mw.core import ids
 from x402mw.core.amounts import ZERO, Atomic, display
 from x402mw.core.errors import Malformed
-from x402mw.core.keys import verify
+from x402mw.core.keys import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, verify
+from x402mw.core.outcomes import outcome_message
 from x402mw.core.strict import b64url_decode
 from x402mw.escrow import agents, agreements, deadlines, manual_bodies, referrals
 from x402mw.escrow.bodies import EXPIRES_SECONDS_MAX
@@ -28,7 +29,6 @@ from x402mw.escrow.rules.values import MANUAL, Escrow, Phase, new_escrow
 from x402mw.escrow.sessions import as_party, check_lock, describe
 from x402mw.escrow.transactions import Transaction
 
-_OUTCOME_TAG = b"x402mw/outcome\x00\x01"
 _SHA256, _ORACLE = "sha256:", "ed25519:"
 
 Answer = dict[str, Any]
@@ -59,7 +59,7 @@ async def create(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> 
             on_expiry=wish.after_expiry,
             created_at=tx.now,
             expires_at=tx.now + wish.seconds,
-        )._replace(low_balance=wish.low_balance),
+        ),
         parts=_parts(wish),
         review_seconds=wish.review_seconds,
     )
@@ -225,29 +225,22 @@ async def meet_condition(
 
 
 def _check_outcome(condition: str, escrow_id: str, wish: manual_bodies.Outcome) -> None:
-    outcome = wish.outcome.encode()
     if condition.startswith(_SHA256):
-        met = hmac.compare_digest(
-            hashlib.sha256(outcome).hexdigest(), condition.removeprefix(_SHA256)
-        )
+        digest = hashlib.sha256(wish.outcome.encode()).hexdigest()
+        met = hmac.compare_digest(digest, condition.removeprefix(_SHA256))
     else:
-        met = _is_signed(condition.removeprefix(_ORACLE), escrow_id, outcome, wish.signature)
+        met = _is_signed(condition.removeprefix(_ORACLE), escrow_id, wish)
     if not met:
         raise Refused(409, "condition_not_met", "this is not the outcome that was agreed on")
 
 
-def _is_signed(key: str, escrow_id: str, outcome: bytes, signature: str | None) -> bool:
+def _is_signed(key: str, escrow_id: str, wish: manual_bodies.Outcome) -> bool:
     try:
-        raw = b64url_decode(signature or "", 64)
+        signature = b64url_decode(wish.signature or "", SIGNATURE_BYTES)
     except Malformed:
         return False
-    message = outcome_message(escrow_id, outcome)
-    return verify(b64url_decode(key, 32), message, raw)
-
-
-def outcome_message(escrow_id: str, outcome: bytes) -> bytes:
-    """What an oracle signs: this outcome, of this escrow and no other."""
-    return _OUTCOME_TAG + ids.parse_id(ids.ESCROW, escrow_id) + hashlib.sha256(outcome).digest()
+    message = outcome_message(ids.parse_id(ids.ESCROW, escrow_id), wish.outcome)
+    return verify(b64url_decode(key, PUBLIC_KEY_BYTES), message, signature)
 
 
 async def give_money_back(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -> Answer:

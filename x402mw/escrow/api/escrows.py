@@ -24,7 +24,7 @@ from x402mw.escrow.api.shared import (
     path_id,
     respond,
 )
-from x402mw.escrow.errors import Refused
+from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.idempotency import Answer
 from x402mw.escrow.ledger import Ledger, Operation
 from x402mw.escrow.rules.values import MANUAL
@@ -43,6 +43,8 @@ async def list_escrows(request: Request) -> Response:
     """GET /escrow."""
     caller, ledger = await find_caller(request), find_ledger(request)
     query = find_query(request, EscrowPage)
+    if query.agent_id not in (None, caller):
+        raise not_found()
     await ledger.refresh(caller)
     async with ledger.read() as connection:
         page = await sessions.show_all(
@@ -168,6 +170,7 @@ ROUTES: Routes = (
         "Lists the escrows that you are a party of, newest first.",
         answers.Escrows,
         query=EscrowPage,
+        refusals="not_found",
     ),
     Route(
         *("GET", "/escrow/{escrow_id}", READ, show_escrow),

@@ -51,6 +51,7 @@ class Page(Query):
 class EscrowPage(Page):
     """`GET /escrow`."""
 
+    agent_id: AgentId | None = Field(default=None, description="Yourself; nobody else's are shown.")
     role: Literal["buyer", "provider"] | None = None
     status: Status | None = None
 
