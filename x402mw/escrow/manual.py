@@ -59,7 +59,7 @@ async def create(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> 
             on_expiry=wish.after_expiry,
             created_at=tx.now,
             expires_at=tx.now + wish.seconds,
-        ),
+        )._replace(low_balance=wish.low_balance),
         parts=_parts(wish),
         review_seconds=wish.review_seconds,
     )
