@@ -13,6 +13,7 @@ from x402mw.escrow.bodies import (
     Name,
     PositiveAmount,
     ReferralCode,
+    text_form,
 )
 
 GRACE_SECONDS_MAX = 24 * 60 * 60
@@ -28,7 +29,7 @@ def _handle(text: str) -> str:
     return text
 
 
-Handle = Annotated[str, AfterValidator(_handle)]
+Handle = Annotated[str, AfterValidator(_handle), text_form(HANDLE_FORM, "some-bot")]
 
 
 class NewAgent(Body):

@@ -8,10 +8,24 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
 
 from x402mw.core import ids
-from x402mw.core.amounts import AMOUNT_MAX, USDC, Atomic, to_atomic, to_atomic_floor
+from x402mw.core.amounts import (
+    AMOUNT_MAX,
+    DISPLAY_CHARACTERS_MAX,
+    USDC,
+    Atomic,
+    to_atomic,
+    to_atomic_floor,
+)
 from x402mw.core.errors import X402mwError
 from x402mw.core.keys import PUBLIC_KEY_BYTES, check_public_key
 from x402mw.core.strict import b64url_decode
@@ -76,14 +90,45 @@ def _id(prefix: str) -> AfterValidator:
     return AfterValidator(checked(lambda text: ids.format_id(prefix, ids.parse_id(prefix, text))))
 
 
-Amount = Annotated[Atomic, BeforeValidator(checked(to_atomic))]
+def text_form(pattern: str, example: str, description: str = "") -> WithJsonSchema:
+    """How a text is described whose form a function checks."""
+    form = {"type": "string", "pattern": f"^{pattern}$", "examples": [example]}
+    return WithJsonSchema({**form, "description": description} if description else form)
+
+
+def _id_form(prefix: str, digit: str) -> WithJsonSchema:
+    return text_form(f"{prefix}[0-9a-f]{{32}}", prefix + digit * 32)
+
+
+AMOUNT_FORM = {
+    "type": "string",
+    "maxLength": DISPLAY_CHARACTERS_MAX,
+    "pattern": r"^\+?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$",
+    "examples": ["10.00"],
+    "description": "Display units, as a decimal string.",
+}
+
+
+Amount = Annotated[Atomic, BeforeValidator(checked(to_atomic)), WithJsonSchema(AMOUNT_FORM)]
 PositiveAmount = Annotated[Amount, AfterValidator(_positive)]
-Total = Annotated[Atomic, BeforeValidator(checked(read_total))]
-ReferralCode = Annotated[str, AfterValidator(_code)]
-PublicKey = Annotated[str, AfterValidator(checked(_key))]
-AgentId = Annotated[str, _id(ids.AGENT)]
-EscrowId = Annotated[str, _id(ids.ESCROW)]
-JournalId = Annotated[str, _id(ids.JOURNAL)]
+Total = Annotated[Atomic, BeforeValidator(checked(read_total)), WithJsonSchema(AMOUNT_FORM)]
+ReferralCode = Annotated[
+    str,
+    AfterValidator(_code),
+    text_form(f"({_CODE.pattern})", "some-bot", "The id or the handle of the agent that referred."),
+]
+PublicKey = Annotated[
+    str,
+    AfterValidator(checked(_key)),
+    text_form(
+        "[A-Za-z0-9_-]{43}",
+        "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo",
+        "An Ed25519 public key, base64url.",
+    ),
+]
+AgentId = Annotated[str, _id(ids.AGENT), _id_form(ids.AGENT, "a")]
+EscrowId = Annotated[str, _id(ids.ESCROW), _id_form(ids.ESCROW, "e")]
+JournalId = Annotated[str, _id(ids.JOURNAL), _id_form(ids.JOURNAL, "1")]
 Name = Annotated[
     str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(printable)
 ]

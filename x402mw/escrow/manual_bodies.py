@@ -9,10 +9,18 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    InstanceOf,
+    WithJsonSchema,
+    model_validator,
+)
 
-from x402mw.core.amounts import USDC, Atomic, atomic, parse_display, parse_number, whole
+from x402mw.core.amounts import AMOUNT_MAX, USDC, Atomic, atomic, parse_display, parse_number, whole
 from x402mw.escrow.bodies import (
+    AMOUNT_FORM,
     EXPIRES_SECONDS_MAX,
     MEMO_CHARACTERS_MAX,
     NAME_CHARACTERS_MAX,
@@ -31,6 +39,7 @@ MILESTONES_MAX = 50
 PAYEES_MAX = 20
 TEXT_CHARACTERS_MAX = 4000
 HOUR_SECONDS = 3600
+HOURS_MAX = EXPIRES_SECONDS_MAX // HOUR_SECONDS
 
 
 def _exact(value: object) -> Fraction:
@@ -54,16 +63,27 @@ def _positive(amount: Any) -> Any:
     return amount
 
 
-Units = Annotated[InstanceOf[Fraction], BeforeValidator(checked(_units))]
+_EITHER_FORM = WithJsonSchema(
+    {
+        "anyOf": [
+            {name: AMOUNT_FORM[name] for name in ("type", "maxLength", "pattern")},
+            {"type": "number", "minimum": 0, "maximum": AMOUNT_MAX // USDC.unit},
+        ],
+        "examples": ["10.00"],
+        "description": "Display units, as a decimal string or a number.",
+    }
+)
+Units = Annotated[InstanceOf[Fraction], BeforeValidator(checked(_units)), _EITHER_FORM]
 """Atomic units with what is finer than one (M4)."""
 PositiveUnits = Annotated[Units, AfterValidator(_positive)]
-Whole = Annotated[Atomic, BeforeValidator(checked(_whole))]
+Whole = Annotated[Atomic, BeforeValidator(checked(_whole)), _EITHER_FORM]
 PositiveWhole = Annotated[Whole, AfterValidator(_positive)]
 Memo = Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(printable)]
 Words = Annotated[str, Field(max_length=TEXT_CHARACTERS_MAX), AfterValidator(printable)]
 Name = Annotated[
     str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(printable)
 ]
+Seconds = Annotated[int, Field(ge=1, le=EXPIRES_SECONDS_MAX)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -107,7 +127,11 @@ class Payee(Body):
     """Who gets which fraction (a decimal string, above 0 and up to 1) of what is earned."""
 
     agent_id: AgentId
-    fraction: Annotated[InstanceOf[Fraction], BeforeValidator(checked(_fraction))]
+    fraction: Annotated[
+        InstanceOf[Fraction],
+        BeforeValidator(checked(_fraction)),
+        WithJsonSchema({**AMOUNT_FORM, "examples": ["1"], "description": "Above 0 and up to 1."}),
+    ]
 
 
 class Condition(Body):
@@ -126,9 +150,12 @@ class Condition(Body):
 class Lifetime(Dialect):
     """How long, under one of three names; none is 30 days."""
 
-    auto_release_seconds: int | None = None
-    auto_release_hours: InstanceOf[Decimal] | int | None = None
-    expires_in_seconds: int | None = None
+    auto_release_seconds: Seconds | None = None
+    auto_release_hours: Annotated[
+        InstanceOf[Decimal] | int,
+        WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": HOURS_MAX}),
+    ] | None = None  # fmt: skip
+    expires_in_seconds: Seconds | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
