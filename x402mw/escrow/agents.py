@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core import ids
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
-from x402mw.escrow import access, modes, referrals, schema
+from x402mw.escrow import access, deadlines, modes, referrals, schema
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import balance_of
 from x402mw.escrow.rules.values import Transfer, agent_account
@@ -132,6 +132,8 @@ async def withdraw(
     if amount == 0:
         raise Refused(422, "invalid_request", "an amount of 0 moves nothing")
     asset = await asset_of(tx, agent_id)
+    # What an agent has does not depend on whether a sweeper has come by (I14).
+    await deadlines.apply(tx, agent_id, at=deadlines.last_alive(tx))
     await check_funds(tx, agent_id, amount)
     moves = [Transfer(agent_account(agent_id), modes.world(asset), amount)]
     tx.post("withdrawal", moves, asset, actor=actor)

@@ -40,6 +40,12 @@ async def beat(tx: Transaction) -> None:
     tx.checkpoint_wanted = await _wants_checkpoint(tx)
 
 
+def last_alive(tx: Transaction) -> int:
+    """Up to when deadlines have passed, for a command that cannot know whether the service runs."""
+    heartbeat = tx.service.heartbeat
+    return tx.now if tx.now - heartbeat <= GAP_SECONDS else heartbeat
+
+
 async def _wants_checkpoint(tx: Transaction) -> bool:
     """Tells whether there are entries that no checkpoint covers, and the last one is old."""
     points = schema.checkpoints.c
@@ -95,8 +101,14 @@ def due_before(now: int, up_since: int) -> ColumnElement[bool]:
 
 
 def of_party(agent_id: str | None) -> ColumnElement[bool]:
-    """Escrows that an agent is buyer or provider of; of everyone for None."""
+    """Escrows that can move money to or from an agent; those of everyone for None.
+
+    That is its buyer, its provider, its payees and its referrer: what they may spend must not
+    depend on whether a sweeper has come by (I14).
+    """
     if agent_id is None:
         return true()
+    escrows = schema.escrows.c
     # Few are due at any time, but an agent may have had very many: no index by party is wanted.
-    return literal(agent_id).in_([schema.escrows.c.buyer, schema.escrows.c.provider])
+    is_party = literal(agent_id).in_([escrows.buyer, escrows.provider, escrows.referrer])
+    return is_party | escrows.payees.contains(agent_id)

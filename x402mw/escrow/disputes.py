@@ -6,7 +6,7 @@
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from x402mw.escrow import agreements, deadlines, manual_bodies, schema
+from x402mw.escrow import agents, agreements, deadlines, manual_bodies, schema
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.manual import Answer, find_part, keep, load, show
 from x402mw.escrow.rows import find_escrow
@@ -86,13 +86,16 @@ async def withdraw(tx: Transaction, caller: str, escrow_id: str) -> Answer:
 async def resolve(
     tx: Transaction, arbiter: str, escrow_id: str, wish: manual_bodies.Decision
 ) -> Answer:
-    """Decides a dispute; the arbiter is no party of it."""
+    """Decides a dispute; the arbiter neither pays nor earns by it."""
     await deadlines.apply_to_one(tx, escrow_id)
     escrow = await find_escrow(tx.connection, escrow_id)
     if escrow is None or escrow.kind != MANUAL:
         raise not_found()
+    if await agents.asset_of(tx, arbiter) != escrow.asset:
+        # An arbiter of test money does not know of live money, nor the other way round.
+        raise not_found()
     payees = [payee for payee, _ in money.read_payees(escrow.payees)]
-    if arbiter in (escrow.buyer, escrow.provider, *payees):
+    if arbiter in (escrow.buyer, escrow.provider, escrow.referrer, *payees):
         raise Refused(403, "arbiter_is_party", "an arbiter decides between others")
     before = await agreements.load(tx.connection, escrow)
     after = manual.resolve(before, wish.to_provider, wish.to_buyer, tx.now)
