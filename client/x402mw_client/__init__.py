@@ -3,17 +3,21 @@
     wallet = Wallet(escrow=..., api_key=..., limits=Limits(per_request="0.01", total="1.00"))
     async with httpx.AsyncClient(transport=PaymentTransport(wallet)) as http: ...
 
-All errors are `X402mwError`; its `moved` tells whether money may have moved.
+`EscrowClient` and `AsyncEscrowClient` do all that the escrow's API can. All errors are
+`X402mwError`; its `moved` tells whether money may have moved.
 """
 
 from x402mw.core.errors import (
     AccountsDiffer,
+    EscrowRefused,
+    EscrowUnavailable,
     LimitExceeded,
     PaidOutcomeGone,
     PaymentOutcomeUnknown,
     PaymentRefused,
     X402mwError,
 )
+from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
 from x402mw_client.flow import PaymentHandle
 from x402mw_client.limits import Limits
 from x402mw_client.receipts import ReceiptRefused, SignedReceipt
@@ -23,6 +27,10 @@ from x402mw_client.wallet import Wallet
 
 __all__ = [
     "AccountsDiffer",
+    "AsyncEscrowClient",
+    "EscrowClient",
+    "EscrowRefused",
+    "EscrowUnavailable",
     "LimitExceeded",
     "Limits",
     "Paid",
