@@ -11,11 +11,10 @@ raised.
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from functools import wraps
-from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
+from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel
@@ -27,14 +26,15 @@ from x402mw_client import account_operations as accounts
 from x402mw_client import event_operations as events
 from x402mw_client import manual_operations as manual
 from x402mw_client import operations
-from x402mw_client.operations import Listing, Operation, Steps
+from x402mw_client.events_stream import EventStream
+from x402mw_client.methods import Method, Series, Walk
+from x402mw_client.operations import AnyEscrow, Listing, Operation, Steps
 from x402mw_client.records import Page
+from x402mw_client.webhooks import Event
 
-TIMEOUT_SECONDS = 10.0
 PROBLEM = "urn:x402mw:problem:"
 _LOOPBACK = re.compile(r"127(\.[0-9]{1,3}){3}", re.ASCII)
 
-P = ParamSpec("P")
 T = TypeVar("T", bound=BaseModel)
 Made = TypeVar("Made")
 
@@ -49,143 +49,87 @@ def check_secure(url: httpx.URL) -> httpx.URL:
     raise InsecureOrigin(f"{url.scheme}://{url.host} is neither https nor this machine")
 
 
-class _Method(Generic[P, T]):
-    """Makes an operation a method of both clients: a coroutine there, a plain call here."""
-
-    def __init__(self, build: Callable[P, Operation[T]]) -> None:
-        self._build = build
-        self.__doc__ = build.__doc__
-
-    @overload
-    def __get__(
-        self, escrow: "AsyncEscrowClient", owner: type
-    ) -> Callable[P, Coroutine[Any, Any, T]]: ...
-    @overload
-    def __get__(self, escrow: "EscrowClient", owner: type) -> Callable[P, T]: ...
-
-    def __get__(self, escrow: "AsyncEscrowClient | EscrowClient", owner: type) -> Callable[P, Any]:
-        return wraps(self._build)(lambda *given, **named: escrow.run(self._build(*given, **named)))
-
-
-class _Walk(Generic[P, T]):
-    """Makes a listing a method of both clients: an async iterator there, a plain one here."""
-
-    def __init__(self, build: Callable[P, Listing[T]]) -> None:
-        self._build = build
-        self.__doc__ = build.__doc__
-
-    @overload
-    def __get__(
-        self, escrow: "AsyncEscrowClient", owner: type
-    ) -> Callable[P, AsyncIterator[T]]: ...
-    @overload
-    def __get__(self, escrow: "EscrowClient", owner: type) -> Callable[P, Iterator[T]]: ...
-
-    def __get__(self, escrow: "AsyncEscrowClient | EscrowClient", owner: type) -> Callable[P, Any]:
-        return wraps(self._build)(lambda *given, **named: escrow.walk(self._build(*given, **named)))
-
-
-class _Series(Generic[P, Made]):
-    """Makes steps a method of both clients."""
-
-    def __init__(self, build: Callable[P, Steps[Made]]) -> None:
-        self._build = build
-        self.__doc__ = build.__doc__
-
-    @overload
-    def __get__(
-        self, escrow: "AsyncEscrowClient", owner: type
-    ) -> Callable[P, Coroutine[Any, Any, Made]]: ...
-    @overload
-    def __get__(self, escrow: "EscrowClient", owner: type) -> Callable[P, Made]: ...
-
-    def __get__(self, escrow: "AsyncEscrowClient | EscrowClient", owner: type) -> Callable[P, Any]:
-        return wraps(self._build)(
-            lambda *given, **named: escrow.follow(self._build(*given, **named))
-        )
-
-
 class _Methods:
     """The operations as methods, and what both clients share."""
 
     # The service.
-    health = _Method(operations.health)
-    keys = _Method(operations.keys)
-    stats = _Method(operations.stats)
+    health = Method(operations.health)
+    keys = Method(operations.keys)
+    stats = Method(operations.stats)
 
     # Our account, its keys and transfers.
-    register_agent = _Method(accounts.register_agent)
-    me = _Method(accounts.me)
-    find_handle = _Method(accounts.find_handle)
-    claim_faucet = _Method(accounts.claim_faucet)
-    revoke_myself = _Method(accounts.revoke_myself)
-    list_api_keys = _Method(accounts.list_api_keys)
-    create_api_key = _Method(accounts.create_api_key)
-    rotate_api_key = _Method(accounts.rotate_api_key)
-    revoke_api_key = _Method(accounts.revoke_api_key)
-    transfer = _Method(accounts.transfer)
-    get_transfer = _Method(accounts.get_transfer)
-    list_transfers = _Method(accounts.list_transfers)
-    iter_transfers = _Walk(accounts.iter_transfers)
+    register_agent = Method(accounts.register_agent)
+    me = Method(accounts.me)
+    find_handle = Method(accounts.find_handle)
+    claim_faucet = Method(accounts.claim_faucet)
+    revoke_myself = Method(accounts.revoke_myself)
+    list_api_keys = Method(accounts.list_api_keys)
+    create_api_key = Method(accounts.create_api_key)
+    rotate_api_key = Method(accounts.rotate_api_key)
+    revoke_api_key = Method(accounts.revoke_api_key)
+    transfer = Method(accounts.transfer)
+    get_transfer = Method(accounts.get_transfer)
+    list_transfers = Method(accounts.list_transfers)
+    iter_transfers = Walk(accounts.iter_transfers)
 
     # Escrows of both kinds.
-    status = _Method(operations.status)
-    list_escrows = _Method(operations.list_escrows)
-    iter_escrows = _Walk(operations.iter_escrows)
-    topup = _Method(operations.topup)
-    extend = _Method(operations.extend)
-    release = _Method(operations.release)
-    close = _Method(operations.close)
+    status = Method(operations.status)
+    list_escrows = Method(operations.list_escrows)
+    iter_escrows = Walk(operations.iter_escrows)
+    topup = Method(operations.topup)
+    extend = Method(operations.extend)
+    release = Method(operations.release)
+    close = Method(operations.close)
 
-    list_history = _Method(events.list_history)
-    iter_history = _Walk(events.iter_history)
-    pause = _Method(events.pause)
-    resume = _Method(events.resume)
+    list_history = Method(events.list_history)
+    iter_history = Walk(events.iter_history)
+    pause = Method(events.pause)
+    resume = Method(events.resume)
 
     # Manual escrows.
-    lock = _Method(manual.lock)
-    create_timed_escrow = _Method(manual.create_timed_escrow)
-    release_partial = _Method(manual.release_partial)
-    settle = _Method(manual.settle)
-    settle_share = _Series(manual.settle_share)
-    settle_performance = _Series(manual.settle_performance)
-    refund = _Method(manual.refund)
-    return_money = _Method(manual.return_money)
-    deliver = _Method(manual.deliver)
-    approve = _Method(manual.approve)
-    reject = _Method(manual.reject)
-    present_outcome = _Method(manual.present_outcome)
-    dispute = _Method(manual.dispute)
-    add_evidence = _Method(manual.add_evidence)
-    withdraw_dispute = _Method(manual.withdraw_dispute)
-    resolve_dispute = _Method(manual.resolve_dispute)
-    list_disputes = _Method(manual.list_disputes)
-    iter_disputes = _Walk(manual.iter_disputes)
+    lock = Method(manual.lock)
+    create_timed_escrow = Method(manual.create_timed_escrow)
+    release_partial = Method(manual.release_partial)
+    settle = Method(manual.settle)
+    settle_share = Series(manual.settle_share)
+    settle_performance = Series(manual.settle_performance)
+    refund = Method(manual.refund)
+    return_money = Method(manual.return_money)
+    deliver = Method(manual.deliver)
+    approve = Method(manual.approve)
+    reject = Method(manual.reject)
+    present_outcome = Method(manual.present_outcome)
+    dispute = Method(manual.dispute)
+    add_evidence = Method(manual.add_evidence)
+    withdraw_dispute = Method(manual.withdraw_dispute)
+    resolve_dispute = Method(manual.resolve_dispute)
+    list_disputes = Method(manual.list_disputes)
+    iter_disputes = Walk(manual.iter_disputes)
 
     # Sessions.
-    register_journal = _Method(operations.register_journal)
-    open_session = _Method(operations.open_session)
-    renew_token = _Method(operations.renew_token)
-    redeem = _Method(operations.redeem)
-    changes = _Method(operations.changes)
+    register_journal = Method(operations.register_journal)
+    open_session = Method(operations.open_session)
+    renew_token = Method(operations.renew_token)
+    redeem = Method(operations.redeem)
+    changes = Method(operations.changes)
 
     # Webhooks.
-    create_webhook = _Method(events.create_webhook)
-    list_webhooks = _Method(events.list_webhooks)
-    delete_webhook = _Method(events.delete_webhook)
-    rotate_webhook = _Method(events.rotate_webhook)
-    list_deliveries = _Method(events.list_deliveries)
-    redeliver = _Method(events.redeliver)
+    create_webhook = Method(events.create_webhook)
+    list_webhooks = Method(events.list_webhooks)
+    delete_webhook = Method(events.delete_webhook)
+    rotate_webhook = Method(events.rotate_webhook)
+    list_deliveries = Method(events.list_deliveries)
+    redeliver = Method(events.redeliver)
 
     # For admins of a tenant, and the operator.
-    list_agents = _Method(accounts.list_agents)
-    iter_agents = _Walk(accounts.iter_agents)
-    list_agent_escrows = _Method(accounts.list_agent_escrows)
-    iter_agent_escrows = _Walk(accounts.iter_agent_escrows)
-    agent_escrow_status = _Method(accounts.agent_escrow_status)
-    revoke_agent = _Method(accounts.revoke_agent)
-    book_deposit = _Method(accounts.book_deposit)
-    book_withdrawal = _Method(accounts.book_withdrawal)
+    list_agents = Method(accounts.list_agents)
+    iter_agents = Walk(accounts.iter_agents)
+    list_agent_escrows = Method(accounts.list_agent_escrows)
+    iter_agent_escrows = Walk(accounts.iter_agent_escrows)
+    agent_escrow_status = Method(accounts.agent_escrow_status)
+    revoke_agent = Method(accounts.revoke_agent)
+    book_deposit = Method(accounts.book_deposit)
+    book_withdrawal = Method(accounts.book_withdrawal)
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self.url = check_secure(httpx.URL(url.rstrip("/")))
@@ -197,8 +141,8 @@ class _Methods:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.url)!r})"
 
-    def _request(self, operation: Operation[Any]) -> httpx.Request:
-        headers = {"Accept": "application/json"}
+    def _request(self, operation: Operation[Any], **more: str) -> httpx.Request:
+        headers = {"Accept": "application/json", **more}
         if self._api_key is not None:
             headers["Authorization"] = f"Bearer {self._api_key}"
         if operation.key is not None:
@@ -211,7 +155,7 @@ class _Methods:
             params=operation.query or None,
             headers=headers,
             content=None if operation.body is None else dumps(operation.body),
-            extensions={"timeout": httpx.Timeout(TIMEOUT_SECONDS).as_dict()},
+            extensions={"timeout": httpx.Timeout(operation.timeout_seconds).as_dict()},
         )
 
     def _read(self, operation: Operation[T], response: httpx.Response) -> T:
@@ -266,6 +210,37 @@ class AsyncEscrowClient(_Methods):
                 return made
             answer = await self.run(operation)
 
+    async def watch(
+        self, escrow: AnyEscrow | None = None, *, since: str | None = None
+    ) -> AsyncIterator[Event]:
+        """Goes through what happens to an escrow, or to all of ours, as it happens; never ends.
+
+        From now on, or after the event with the id `since` ("0": from the beginning). A connection
+        that breaks is made again, and no event is missed or comes twice. Raises
+        `EscrowUnavailable` when that has failed for some minutes; `since` goes on from there.
+        """
+        stream = EventStream(escrow, since)
+        while True:
+            await asyncio.sleep(stream.pause())
+            try:
+                async for event in self._listen(stream):
+                    yield event
+            except (httpx.RequestError, EscrowUnavailable) as error:
+                stream.problem = error
+
+    async def _listen(self, stream: EventStream) -> AsyncIterator[Event]:
+        request = self._request(stream.operation, **stream.headers)
+        answer = await self._client.send(request, stream=True)
+        try:
+            if not answer.is_success:
+                await answer.aread()
+                self._read(stream.operation, answer)
+            async for line in answer.aiter_lines():
+                if (event := stream.take(line)) is not None:
+                    yield event
+        finally:
+            await answer.aclose()
+
     async def aclose(self) -> None:
         """Closes the connections, unless the client is the caller's."""
         if self._owned:
@@ -319,6 +294,31 @@ class EscrowClient(_Methods):
                 made: Made = end.value
                 return made
             answer = self.run(operation)
+
+    def watch(
+        self, escrow: AnyEscrow | None = None, *, since: str | None = None
+    ) -> Iterator[Event]:
+        """As `AsyncEscrowClient.watch`."""
+        stream = EventStream(escrow, since)
+        while True:
+            time.sleep(stream.pause())
+            try:
+                yield from self._listen(stream)
+            except (httpx.RequestError, EscrowUnavailable) as error:
+                stream.problem = error
+
+    def _listen(self, stream: EventStream) -> Iterator[Event]:
+        request = self._request(stream.operation, **stream.headers)
+        answer = self._client.send(request, stream=True)
+        try:
+            if not answer.is_success:
+                answer.read()
+                self._read(stream.operation, answer)
+            for line in answer.iter_lines():
+                if (event := stream.take(line)) is not None:
+                    yield event
+        finally:
+            answer.close()
 
     def close_connections(self) -> None:
         """Closes the connections, unless the client is the caller's."""

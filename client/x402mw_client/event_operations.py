@@ -105,9 +105,15 @@ def list_deliveries(webhook_id: str) -> Operation[Deliveries]:
 
 def redeliver(webhook_id: str, event_id: str, *, key: str | None = None) -> Operation[Delivery]:
     """Sends an event again, as soon as possible."""
+    action = f"/deliveries/{check_event_id(event_id)}/redeliver"
+    return move(Delivery, _path(webhook_id, action), {}, key)
+
+
+def check_event_id(event_id: str) -> str:
+    """Returns the id of an event, or raises `LocalError`."""
     if not event_id.isascii() or not event_id.replace(".", "", 1).isdecimal():
         raise LocalError("an event's id is a number, or two with a point between")
-    return move(Delivery, _path(webhook_id, f"/deliveries/{event_id}/redeliver"), {}, key)
+    return event_id
 
 
 def _path(webhook_id: str, action: str = "") -> str:

@@ -33,6 +33,7 @@ from x402mw_client.records import (
 PAUSES_SECONDS = (0.0, 0.2, 1.0)
 """What is safe to repeat is tried three times, after these pauses."""
 
+TIMEOUT_SECONDS = 10.0
 API = "/api/v1"
 T = TypeVar("T", bound=BaseModel)
 Made = TypeVar("Made")
@@ -58,6 +59,7 @@ class Operation(Generic[T]):
     query: dict[str, str | int] = field(default_factory=dict)
     key: str | None = None
     repeatable: bool = True
+    timeout_seconds: float = TIMEOUT_SECONDS
 
     @property
     def pauses(self) -> tuple[float, ...]:

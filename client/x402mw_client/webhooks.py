@@ -69,7 +69,7 @@ def verify(
     _check_signature(secrets, given, body)
     if abs(now - int(given[TIMESTAMP])) > tolerance:
         raise WebhookRefused("the delivery is too old, or one of the clocks is wrong")
-    event = _read(body)
+    event = read_event(body)
     if event.id != given[EVENT_ID]:
         raise WebhookRefused("the delivery names another event than it holds")
     return event
@@ -109,7 +109,8 @@ class _Body(BaseModel):
     data: dict[str, Any]
 
 
-def _read(body: bytes) -> Event:
+def read_event(body: bytes) -> Event:
+    """Reads an event, or raises `WebhookRefused`."""
     try:
         read = _Body.model_validate(loads_object(body))
         return Event(**read.model_dump() | {"amount": to_atomic(read.amount)})

@@ -1,9 +1,11 @@
 """The escrow's client against a real escrow: one story for the sync and the async one."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from x402mw.core.strict import b64url_decode
 from x402mw.core.vouchers import SIGNED_BYTES
 from x402mw.escrow.access import ARBITER
 from x402mw.escrow.tenants import OPERATORS
+from x402mw_client.escrow import EscrowClient
+from x402mw_client.webhooks import Event
 
 pytestmark = pytest.mark.anyio
 SESSION_PUBLIC, RECEIPT_PUBLIC = (b64url_decode(key, 32) for key in (SESSION_KEY, RECEIPT_KEY))
@@ -311,6 +315,45 @@ async def test_history(stage: Any) -> None:
         assert (paid.released, paid.fee, paid.actor) == (1_000_000, 10_000, s.m.buyer.agent_id)
         assert paid.data["memo"] == "half"
         assert (await s.buyer.list_history(job, limit=1)).items == lines[:1]
+
+
+async def test_events_as_they_happen(stage: Any) -> None:
+    """E18: from the beginning, from an event on, or of one escrow; each event once, in order."""
+    async with stage() as s:
+        job = await s.buyer.lock(s.to, "2.00")
+        await s.buyer.release(job, "0.50")
+        other = await s.buyer.lock(s.to, "1.00")
+        found = await take(s.provider, 3, since="0")
+        assert [(event.type, event.amount) for event in found] == [
+            ("locked", 2_000_000),
+            ("released", 500_000),
+            ("locked", 1_000_000),
+        ]
+        assert await take(s.provider, 1, since=found[1].id) == found[2:]
+        assert (await take(s.buyer, 1, other, since="0")) == found[2:]
+        waiting = asyncio.create_task(take(s.provider, 1))
+        while waiting not in (await asyncio.wait([waiting], timeout=0.2))[0]:
+            await s.buyer.topup(other, "1.00")
+        assert (await waiting)[0].type == "topped_up"
+        with pytest.raises(LocalError):
+            await take(s.buyer, 1, since="now")
+        with pytest.raises(EscrowRefused):
+            await take(s.buyer, 1, "esc_" + "0" * 32)
+
+
+async def take(who: Speaker, number: int, *given: Any, **named: Any) -> list[Event]:
+    """The first events of a stream, which is then left."""
+    client = who.client
+    if isinstance(client, EscrowClient):
+        events = client.watch(*given, **named)
+        return await asyncio.to_thread(lambda: list(islice(events, number)))
+    found = []
+    async with aclosing(client.watch(*given, **named)) as stream:
+        async for event in stream:
+            found.append(event)
+            if len(found) == number:
+                break
+    return found
 
 
 async def test_webhooks(stage: Any) -> None:

@@ -163,8 +163,9 @@ async def _events(lines: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
         elif line:
             name, _, text = line.partition(": ")
             fields[name] = json.loads(text) if name == "data" else text
-        elif "id" in fields:
-            yield fields
+        else:
+            if "data" in fields:
+                yield fields
             fields = {}
 
 

@@ -33,6 +33,7 @@ from x402mw.escrow.transactions import Transaction
 
 REASON_CHARACTERS_MAX = 200
 RETRY_MILLISECONDS = 2000
+PARTS_MAX = 999
 _EVENT_ID = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,3}))?", re.ASCII)
 
 
@@ -99,7 +100,8 @@ async def stream_events(request: Request) -> Response:
     since = _position(request, await feed.head())
 
     async def lines() -> AsyncIterator[str]:
-        yield f"retry: {RETRY_MILLISECONDS}\n\n"
+        # The place as an id: who loses the stream before its first event misses none.
+        yield f"retry: {RETRY_MILLISECONDS}\nid: {_write_position(since)}\n\n"
         with feed.open(caller, escrow_id) as reader:
             async for text in _follow(request, feed, reader, since):
                 yield text
@@ -125,6 +127,11 @@ async def _follow(
 
 def _write(told: Told) -> str:
     return f"id: {told.id}\nevent: {told.name}\ndata: {told.body}\n\n"
+
+
+def _write_position(position: Position) -> str:
+    seq, part = position
+    return f"{seq}.{part}" if part >= 0 else f"{seq - 1}.{PARTS_MAX}"
 
 
 def _position(request: Request, head: int) -> Position:
