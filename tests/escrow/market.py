@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from tests.escrow.contract import conforms
 from tests.support.escrow import (
     RECEIPT_KEY,
     ROOT_SEED,
@@ -150,7 +151,13 @@ def client_of(url: str) -> httpx.AsyncClient:
     """A client of the API below its base path."""
     limits = httpx.Limits(max_connections=100)
     # Plain HTTP needs no certificates, and reading them costs more than a test.
-    return httpx.AsyncClient(base_url=f"{url}/api/v1", timeout=30, limits=limits, verify=False)
+    return httpx.AsyncClient(
+        base_url=f"{url}/api/v1",
+        timeout=30,
+        limits=limits,
+        verify=False,
+        event_hooks={"response": [conforms]},
+    )
 
 
 async def _register(http: httpx.AsyncClient, name: str) -> Agent:

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
+from typing import NamedTuple
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -20,6 +23,8 @@ from x402mw.escrow.api import (
     events,
     keys,
     manual,
+    openapi,
+    page,
     redemption,
     service,
     transfers,
@@ -85,7 +90,21 @@ def create_app(
     )
     # A redirect would be built from the Host header; a path with a slash too many is just unknown.
     app.router.redirect_slashes = False
+    app.state.documents = _documents()
     return app
+
+
+class Documents(NamedTuple):
+    """The API's description, for machines and for people."""
+
+    json: str
+    page: str
+
+
+@cache
+def _documents() -> Documents:
+    document = openapi.build(service.ROUTES, ROUTES)
+    return Documents(json.dumps(document, ensure_ascii=False), page.write(document))
 
 
 def say_farewell(app: Starlette) -> None:

@@ -147,12 +147,19 @@ class Condition(Body):
         return self
 
 
+def _hours(value: Decimal | int) -> Decimal | int:
+    if not 0 < value <= HOURS_MAX:
+        raise ValueError(f"a time is above 0 and up to {HOURS_MAX} hours")
+    return value
+
+
 class Lifetime(Dialect):
     """How long, under one of three names; none is 30 days."""
 
     auto_release_seconds: Seconds | None = None
     auto_release_hours: Annotated[
         InstanceOf[Decimal] | int,
+        AfterValidator(_hours),
         WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": HOURS_MAX}),
     ] | None = None  # fmt: skip
     expires_in_seconds: Seconds | None = None

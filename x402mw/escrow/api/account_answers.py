@@ -237,7 +237,7 @@ class RotatedWebhook(MadeWebhook):
     old_secret_until: Seconds
 
 
-class Delivery(Answer):
+class SentEvent(Answer):
     """One event on its way to a webhook."""
 
     event_id: str
@@ -254,4 +254,4 @@ class Delivery(Answer):
 class Deliveries(Answer):
     """The newest deliveries."""
 
-    items: list[Delivery]
+    items: list[SentEvent]

@@ -5,6 +5,7 @@ from starlette.responses import JSONResponse, Response
 
 from x402mw.core.strict import b64url_encode
 from x402mw.escrow.api import account_answers as answers
+from x402mw.escrow.api import page
 from x402mw.escrow.api.routes import OPEN, Route, Routes
 from x402mw.escrow.api.shared import find_ledger
 
@@ -27,7 +28,30 @@ async def show_signing_keys(request: Request) -> Response:
     )
 
 
+async def show_document(request: Request) -> Response:
+    """GET /openapi.json."""
+    return Response(request.app.state.documents.json, media_type="application/json")
+
+
+async def show_page(request: Request) -> Response:
+    """GET /docs."""
+    headers = {"Content-Security-Policy": page.POLICY}
+    return Response(request.app.state.documents.page, headers=headers, media_type="text/html")
+
+
 ROUTES: Routes = (
+    Route(
+        *("GET", "/openapi.json", OPEN, show_document),
+        "Shows this document, for machines.",
+        None,
+        media="application/json",
+    ),
+    Route(
+        *("GET", "/docs", OPEN, show_page),
+        "Shows this document, for people.",
+        None,
+        media="text/html",
+    ),
     Route(
         *("GET", "/health", OPEN, show_health),
         "Shows that the service answers.",

@@ -1,5 +1,6 @@
 """What the routes share: who calls and may, which ledger, one operation per idempotency key."""
 
+import re
 from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -137,7 +138,7 @@ def on_escrow(
             request, model, lambda tx, caller, body: operation(tx, caller, escrow_id, body)
         )
 
-    endpoint.__name__, endpoint.__doc__ = operation.__name__, operation.__doc__
+    endpoint.__name__, endpoint.__doc__ = re.sub("[-/]", "_", name), operation.__doc__
     return Route(
         "POST",
         f"/escrow/{{escrow_id}}/{name}",

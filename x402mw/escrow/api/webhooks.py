@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -30,7 +30,11 @@ class NewWebhook(Body):
 
     url: Annotated[str, Field(max_length=URL_CHARACTERS_MAX), AfterValidator(printable)]
     events: Annotated[
-        list[Annotated[str, AfterValidator(_known)]],
+        list[
+            Annotated[
+                str, AfterValidator(_known), WithJsonSchema({"type": "string", "enum": [*NAMES]})
+            ]
+        ],
         Field(max_length=len(NAMES), default_factory=list),
     ]
     escrow_id: EscrowId | None = None
@@ -136,7 +140,7 @@ ROUTES: Routes = (
     Route(
         *("POST", _ONE + "/deliveries/{event_id}/redeliver", MANAGING, redeliver),
         "Sends one event again as soon as possible.",
-        answers.Delivery,
+        answers.SentEvent,
         Body,
     ),
 )
