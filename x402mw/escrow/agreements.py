@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from sqlalchemy import func, select, tuple_, update
+from sqlalchemy import bindparam, func, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import Atomic, display
@@ -25,11 +25,19 @@ _DECIDED = {
 }
 
 
+# Made once: to build a statement costs more than to run it.
+_ROW = select(schema.agreements).where(schema.agreements.c.escrow_id == bindparam("name"))
+_PARTS = (
+    select(schema.parts)
+    .where(schema.parts.c.escrow_id == bindparam("name"))
+    .order_by(schema.parts.c.number)
+)
+
+
 async def load(connection: AsyncConnection, escrow: Escrow) -> Agreement:
     """The whole agreement of a manual escrow."""
     name = escrow.escrow_id
-    agreements = schema.agreements
-    row = (await connection.execute(select(agreements).where(agreements.c.escrow_id == name))).one()
+    row = await find_row(connection, name)
     return Agreement(
         escrow=escrow,
         parts=await _load_parts(connection, name),
@@ -41,13 +49,11 @@ async def load(connection: AsyncConnection, escrow: Escrow) -> Agreement:
 
 async def find_row(connection: AsyncConnection, escrow_id: str) -> Any:
     """The row of an agreement, with the condition it was made under."""
-    table = schema.agreements
-    return (await connection.execute(select(table).where(table.c.escrow_id == escrow_id))).one()
+    return (await connection.execute(_ROW, {"name": escrow_id})).one()
 
 
 async def _load_parts(connection: AsyncConnection, escrow_id: str) -> tuple[Part, ...]:
-    parts = schema.parts
-    query = select(parts).where(parts.c.escrow_id == escrow_id).order_by(parts.c.number)
+    rows = (await connection.execute(_PARTS, {"name": escrow_id})).all()
     return tuple(
         Part(
             number=row.number,
@@ -57,7 +63,7 @@ async def _load_parts(connection: AsyncConnection, escrow_id: str) -> tuple[Part
             proof=row.proof,
             review_until=row.review_until,
         )
-        for row in await connection.execute(query)
+        for row in rows
     )
 
 

@@ -4,7 +4,11 @@ Whoever first meets a deadline applies it, stamped with the time at which it cou
 outage postpones it (T5): both in `docs/money.md` 6.
 """
 
-from sqlalchemy import ColumnElement, literal, select, true
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, Text, bindparam, select
 
 from x402mw.escrow import agreements, schema
 from x402mw.escrow.rows import fetch_escrows
@@ -19,6 +23,17 @@ SKEW_SECONDS = 600
 """How far the clocks of hosts that share one database may be apart."""
 
 SWEEP_ITEMS_MAX = 500
+
+
+NO_LIMIT = 2**31 - 1
+
+
+class Of(Enum):
+    """Whose escrows are looked at."""
+
+    ALL = "all"
+    PARTY = "party"
+    ONE = "one"
 
 
 async def beat(tx: Transaction) -> None:
@@ -68,20 +83,21 @@ async def apply(
 
     What it does stays, whatever is refused after it.
     """
-    return await _apply_to(tx, of_party(party), tx.now if at is None else at, limit)
+    now = tx.now if at is None else at
+    of = Of.ALL if party is None else Of.PARTY
+    return await _apply(tx, of, party, now, NO_LIMIT if limit is None else limit)
 
 
 async def apply_to_one(tx: Transaction, escrow_id: str) -> None:
     """Does what time has done to one escrow, whoever asks."""
-    await _apply_to(tx, schema.escrows.c.escrow_id == escrow_id, tx.now, None)
+    await _apply(tx, Of.ONE, escrow_id, tx.now, NO_LIMIT)
 
 
-async def _apply_to(
-    tx: Transaction, which: ColumnElement[bool], now: int, limit: int | None
-) -> int:
+async def _apply(tx: Transaction, of: Of, name: str | None, now: int, limit: int) -> int:
     up_since = tx.service.up_since
-    query = select(schema.escrows).where(due_before(now, up_since), which).limit(limit)
-    due = await fetch_escrows(tx.connection, query)
+    query = due_query(of, sessions=now >= up_since + UP_GRACE_SECONDS)
+    values = {"now": now, "name": name, "limit": limit}
+    due = await fetch_escrows(tx.connection, query, values)
     for escrow in due:
         if escrow.kind == MANUAL:
             await agreements.pass_time(tx, await agreements.load(tx.connection, escrow), now)
@@ -93,22 +109,31 @@ async def _apply_to(
     return len(due)
 
 
-def due_before(now: int, up_since: int) -> ColumnElement[bool]:
-    """Escrows that time has something to do to; for sessions an outage postpones it (T5)."""
+@cache
+def due_query(of: Of, *, sessions: bool) -> Select[Any]:
+    """Escrows that time has something to do to at `now`, up to a `limit`; `name` says whose.
+
+    With or without sessions, whose deadlines an outage postpones (T5). Made once for each case: to
+    build a statement costs more than to run it.
+    """
     escrows = schema.escrows.c
-    due = escrows.due_at <= now
-    return due if now >= up_since + UP_GRACE_SECONDS else due & (escrows.kind == MANUAL)
+    query = select(schema.escrows).where(escrows.due_at <= bindparam("now"))
+    if not sessions:
+        query = query.where(escrows.kind == MANUAL)
+    if of is Of.ONE:
+        query = query.where(escrows.escrow_id == bindparam("name"))
+    elif of is Of.PARTY:
+        query = query.where(_of_party())
+    return query.limit(bindparam("limit"))
 
 
-def of_party(agent_id: str | None) -> ColumnElement[bool]:
-    """Escrows that can move money to or from an agent; those of everyone for None.
+def _of_party() -> ColumnElement[bool]:
+    """Escrows that can move money to or from an agent.
 
     That is its buyer, its provider, its payees and its referrer: what they may spend must not
     depend on whether a sweeper has come by (I14).
     """
-    if agent_id is None:
-        return true()
-    escrows = schema.escrows.c
+    escrows, name = schema.escrows.c, bindparam("name", type_=Text)
     # Few are due at any time, but an agent may have had very many: no index by party is wanted.
-    is_party = literal(agent_id).in_([escrows.buyer, escrows.provider, escrows.referrer])
-    return is_party | escrows.payees.contains(agent_id)
+    is_party = name.in_([escrows.buyer, escrows.provider, escrows.referrer])
+    return is_party | escrows.payees.contains(name)

@@ -142,11 +142,10 @@ class Ledger:
 
     async def refresh(self, caller: str) -> None:
         """Applies the deadlines of an agent before something of it is read."""
-        query = select(schema.escrows.c.escrow_id).where(
-            deadlines.due_before(self.now(), 0), deadlines.of_party(caller)
-        )
+        query = deadlines.due_query(deadlines.Of.PARTY, sessions=True)
+        values = {"now": self.now(), "name": caller, "limit": 1}
         async with self.read() as connection:
-            due = (await connection.execute(query.limit(1))).first()
+            due = (await connection.execute(query, values)).first()
         if due is not None and self._serving:
             async with self.write() as tx:
                 await deadlines.apply(tx, caller)

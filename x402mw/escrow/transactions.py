@@ -31,7 +31,7 @@ OPERATOR = "operator"
 LOW_BALANCE_PART = 10
 _SILENT = Event.TOKEN.value
 _PROVIDERS_OWN = Event.REDEEM.value
-"""Only a provider redeems: to say so a thousand times in a batch would cost 2 % of it."""
+"""Only the provider redeems, so its entries need not name it."""
 _CHANGES = attrgetter(*CHANGING, "escrow_id")
 _PAID = attrgetter(*PAYING, "escrow_id")
 _BESIDE = itemgetter(*(Escrow._fields.index(name) for name in CHANGING if name not in PAYING))
