@@ -63,6 +63,7 @@ def lock(
     outcome_sha256: str | None = None,
     oracle_key: bytes | None = None,
     referral_code: str | None = None,
+    low_balance: Money | None = None,
     key: str | None = None,
 ) -> Operation[EscrowRecord]:
     """Locks money for the agent `to`, to be released by hand.
@@ -72,7 +73,8 @@ def lock(
     or "refund") says otherwise. A delivery that nobody answers for `review_seconds` is paid.
     `milestones` are amounts by their names, `payees` the fractions ("0.7") of agents that share
     what is earned. Whoever presents the outcome with `outcome_sha256` (hex), or one that
-    `oracle_key` signed, has the money released.
+    `oracle_key` signed, has the money released. `referral_code` names who gets a part of the fee.
+    Below `low_balance` (default: a tenth of `amount`) the parties are told so, once.
     """
     condition = given(
         sha256=outcome_sha256, oracle_key=None if oracle_key is None else b64url_encode(oracle_key)
@@ -83,6 +85,7 @@ def lock(
         "memo": memo,
         **_lifetime(auto_hours, auto_release_seconds, expires_in_seconds),
         **given(on_expiry=on_expiry, review_seconds=review_seconds, referral_code=referral_code),
+        **given(low_balance=None if low_balance is None else write_whole(low_balance)),
         **({"milestones": _milestones(milestones)} if milestones else {}),
         **({"payees": _payees(payees)} if payees else {}),
         **({"condition": condition} if condition else {}),

@@ -186,6 +186,8 @@ def open_session(
     journal: bytes,
     expires_in_seconds: int | None = None,
     memo: str | None = None,
+    referral_code: str | None = None,
+    low_balance: Money | None = None,
     key: str | None = None,
 ) -> Operation[EscrowRecord]:
     """Locks `amount` for `pay_to`, to be paid by vouchers of `session_key` (the public half)."""
@@ -194,7 +196,8 @@ def open_session(
         "amount": write_whole(amount),
         "session_key": b64url_encode(session_key),
         "journal": ids.format_id(ids.JOURNAL, journal),
-        **given(expires_in_seconds=expires_in_seconds, memo=memo),
+        **given(expires_in_seconds=expires_in_seconds, memo=memo, referral_code=referral_code),
+        **given(low_balance=None if low_balance is None else write_whole(low_balance)),
     }
     return move(EscrowRecord, "/escrow", body, key)
 

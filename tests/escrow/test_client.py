@@ -320,17 +320,18 @@ async def test_history(stage: Any) -> None:
 async def test_events_as_they_happen(stage: Any) -> None:
     """E18: from the beginning, from an event on, or of one escrow; each event once, in order."""
     async with stage() as s:
-        job = await s.buyer.lock(s.to, "2.00")
+        job = await s.buyer.lock(s.to, "2.00", low_balance="1.60")
         await s.buyer.release(job, "0.50")
         other = await s.buyer.lock(s.to, "1.00")
-        found = await take(s.provider, 3, since="0")
+        found = await take(s.provider, 4, since="0")
         assert [(event.type, event.amount) for event in found] == [
             ("locked", 2_000_000),
             ("released", 500_000),
+            ("low_balance", 0),
             ("locked", 1_000_000),
         ]
-        assert await take(s.provider, 1, since=found[1].id) == found[2:]
-        assert (await take(s.buyer, 1, other, since="0")) == found[2:]
+        assert await take(s.provider, 1, since=found[2].id) == found[3:]
+        assert (await take(s.buyer, 1, other, since="0")) == found[3:]
         waiting = asyncio.create_task(take(s.provider, 1))
         while waiting not in (await asyncio.wait([waiting], timeout=0.2))[0]:
             await s.buyer.topup(other, "1.00")
