@@ -150,6 +150,7 @@ async def test_who_may_not_decide(db: str) -> None:
             assert await refused(m, judge, name, path, **shares) == (403, "arbiter_is_party")
         await make_tenant(m, "toys", "test")
         toy = await make_agent(m, "toys", "arbiter")
+        assert (await m.get(toy, "/disputes")).json() == {"items": [], "next": None}
         assert await refused(m, toy, name, path, **shares) == (404, "not_found")
         judge = await arbiter(m)
         assert await refused(m, judge, name, path, to_provider="10", to_buyer="0.000001") == (
@@ -257,6 +258,9 @@ async def test_a_condition_asks_for_the_proof_and_not_for_the_person(db: str) ->
         assert await refused(m, stranger, plain, "condition", **said) == (409, "no_condition")
         session = (await m.open())["escrow_id"]
         assert await refused(m, stranger, session, "condition", **said) == (404, "not_found")
+        await make_tenant(m, "toys", "test")
+        toy = await make_agent(m, "toys")
+        assert await refused(m, toy, name, "condition", **said) == (404, "not_found")
         await done(m, m.buyer, disputed, "dispute", reason="forged")
         assert await refused(m, stranger, disputed, "condition", **said) == (409, "not_covered")
         assert await done(m, stranger, name, "condition", **said) == {
@@ -286,6 +290,8 @@ async def test_the_two_kinds_do_not_mix(db: str) -> None:
         voucher = {"voucher": m.voucher(manual, "5"), "amount": "5"}
         (verdict,) = await m.redeem(voucher)
         assert verdict["code"] == "unknown_session"
+        named = {"cumulative": "1", "to_agent_id": m.buyer.agent_id}
+        assert await refused(m, m.buyer, session, "release", **named) == (409, "recipient_mismatch")
         assert await refused(m, m.buyer, manual, "token") == (409, "wrong_kind")
         assert (await m.show(manual))["released"] == "0.00"
         mixed = {**m.wish(), "milestones": [{"name": "a", "amount": "1"}]}

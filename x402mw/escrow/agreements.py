@@ -195,11 +195,12 @@ async def count_disputes(connection: AsyncConnection, escrow_id: str) -> int:
 
 
 async def open_disputes(
-    connection: AsyncConnection, *, limit: int, after: tuple[int, str] | None
+    connection: AsyncConnection, *, asset: str, limit: int, after: tuple[int, str] | None
 ) -> Sequence[Any]:
     """Disputes that wait for a decision, oldest first, from after (opened_at, escrow id)."""
-    disputes = schema.disputes
-    query = select(disputes).where(disputes.c.status == OPEN)
+    disputes, escrows = schema.disputes, schema.escrows.c
+    query = select(disputes).join(schema.escrows, escrows.escrow_id == disputes.c.escrow_id)
+    query = query.where(disputes.c.status == OPEN, escrows.asset == asset)
     if after is not None:
         query = query.where(tuple_(disputes.c.opened_at, disputes.c.escrow_id) > after)
     query = query.order_by(disputes.c.opened_at, disputes.c.escrow_id).limit(limit)

@@ -103,10 +103,10 @@ async def resolve(
 
 
 async def show_all(
-    connection: AsyncConnection, *, limit: int, after: tuple[int, str] | None
+    connection: AsyncConnection, *, asset: str, limit: int, after: tuple[int, str] | None
 ) -> Answer:
-    """A page of open disputes, oldest first, for arbiters."""
-    rows = await agreements.open_disputes(connection, limit=limit + 1, after=after)
+    """A page of open disputes over an asset, oldest first, for its arbiters."""
+    rows = await agreements.open_disputes(connection, asset=asset, limit=limit + 1, after=after)
     last = rows[limit - 1] if len(rows) > limit else None
     return {
         "items": [agreements.describe_dispute(row) for row in rows[:limit]],

@@ -115,13 +115,18 @@ async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -
 async def release(tx: Transaction, caller: str, escrow_id: str, wish: manual_bodies.Pay) -> Answer:
     """Pays an amount, up to a total, a milestone, or everything that is free."""
     before = await as_buyer(tx, caller, escrow_id)
-    if wish.to_agent_id not in (None, before.escrow.provider):
-        raise Refused(409, "recipient_mismatch", "an escrow pays its provider and nobody else")
+    check_recipient(before.escrow, wish.to_agent_id)
     if wish.milestone is not None:
         number = find_part(before, wish.milestone).number
         approved = manual.approve(before, number)
         return await keep(tx, before, approved, Event.APPROVE, memo=wish.memo, part=number)
     return await keep(tx, before, _paid(before, wish), Event.RELEASE, memo=wish.memo)
+
+
+def check_recipient(escrow: Escrow, named: str | None) -> None:
+    """Refuses to pay when a request names somebody whom this escrow does not pay."""
+    if named not in (None, escrow.provider):
+        raise Refused(409, "recipient_mismatch", "an escrow pays its provider and nobody else")
 
 
 def _paid(before: Agreement, wish: manual_bodies.Pay) -> Agreement:
@@ -207,12 +212,15 @@ async def close(tx: Transaction, caller: str, escrow: Escrow) -> Answer:
 
 
 async def meet_condition(
-    tx: Transaction, _caller: str, escrow_id: str, wish: manual_bodies.Outcome
+    tx: Transaction, caller: str, escrow_id: str, wish: manual_bodies.Outcome
 ) -> Answer:
     """Presents the outcome that was agreed on; anybody may, the proof is what counts."""
     await deadlines.apply_to_one(tx, escrow_id)
     escrow = await find_escrow(tx.connection, escrow_id)
     if escrow is None or escrow.kind != MANUAL:
+        raise not_found()
+    if await agents.asset_of(tx, caller) != escrow.asset:
+        # Who trades in test money does not know of live money, nor the other way round.
         raise not_found()
     before = await agreements.load(tx.connection, escrow)
     row = await agreements.find_row(tx.connection, escrow_id)

@@ -100,6 +100,8 @@ async def _release(
         return await manual.release(tx, caller, escrow_id, body)
     if body.cumulative is None:
         raise Refused(422, "invalid_request", "a session is released up to a total: cumulative")
+    escrow = await sessions.as_party(tx.connection, caller, escrow_id)
+    manual.check_recipient(escrow, body.to_agent_id)
     return await sessions.release(tx, caller, escrow_id, atomic(body.cumulative // 1))
 
 

@@ -5,13 +5,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from x402mw.escrow import disputes, manual
+from x402mw.escrow import disputes, manual, modes
 from x402mw.escrow import manual_bodies as bodies
 from x402mw.escrow.access import ARBITER, PROVIDE, SPEND
 from x402mw.escrow.api import answers
 from x402mw.escrow.api.queries import DisputePage
 from x402mw.escrow.api.routes import Route, Routes
-from x402mw.escrow.api.shared import find_ledger, find_query, on_escrow
+from x402mw.escrow.api.shared import find_ledger, find_principal, find_query, on_escrow
 from x402mw.escrow.bodies import Body
 from x402mw.escrow.transactions import Transaction
 
@@ -31,8 +31,10 @@ async def list_disputes(request: Request) -> Response:
     query = find_query(request, DisputePage)
     opened_at, _, escrow_id = (query.after or "").partition(".")
     after = (int(opened_at), escrow_id) if escrow_id else None
-    async with find_ledger(request).read() as connection:
-        page = await disputes.show_all(connection, limit=query.limit, after=after)
+    ledger = find_ledger(request)
+    asset = modes.asset_of(ledger.settings.asset.code, find_principal(request).mode)
+    async with ledger.read() as connection:
+        page = await disputes.show_all(connection, asset=asset, limit=query.limit, after=after)
     return JSONResponse(page)
 
 
@@ -69,7 +71,7 @@ ROUTES: Routes = (
     on_escrow(
         *("reject", SPEND, bodies.Verdict, manual.reject),
         "Does not take a delivery; the provider may deliver again.",
-        _PART,
+        f"expired {_PART}",
     ),
     on_escrow(
         *("condition", _EITHER, bodies.Outcome, manual.meet_condition),
