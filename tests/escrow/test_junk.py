@@ -102,6 +102,16 @@ async def test_junk_in_items_never_blocks_the_others(db: str) -> None:
         assert {item["code"] for item in verdicts if not item["ok"]} == {"malformed"}
 
 
+async def test_amounts_that_are_too_much_together(db: str) -> None:
+    """M1: two amounts whose sum no account could hold are a wrong request, not a failure."""
+    async with market(db) as m:
+        most = "9223372036854.775807"
+        answer = await m.post(
+            m.buyer, f"/escrow/esc_{'0' * 32}/settle", {"release": most, "refund": "10.00"}
+        )
+        assert code_of(answer) == (422, "invalid_request")
+
+
 async def test_bodies_that_are_not_strict_json(db: str) -> None:
     """Contract: bodies are strict JSON objects, or 400 and 422."""
     async with market(db) as m:

@@ -286,7 +286,7 @@ class Settlement(Body):
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        atomic(self.release + self.refund)
+        checked(atomic)(self.release + self.refund)
         if self.release + self.refund == 0:
             raise ValueError("nothing would move")
         return self
