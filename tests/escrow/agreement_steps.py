@@ -123,7 +123,8 @@ def check(agreement: Agreement) -> None:
     assert min(amounts) >= 0
     assert 0 <= agreement.carry < 1
     assert escrow.released + agreement.carry <= escrow.amount - escrow.refunded
-    assert (escrow.fee, escrow.referral) == money.split_fee(escrow.released, 100, 1500)
+    rates = (escrow.fee_bps, escrow.referral_bps)
+    assert (escrow.fee, escrow.referral) == money.split_fee(escrow.released, *rates)
     assert (agreement.dispute is None) == (escrow.disputed == 0)
     assert (escrow.close_reason is None) == (escrow.remaining > 0)
     timer = manual.next_timer(agreement)

@@ -29,7 +29,7 @@ from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.redemption import BadItem, Claim
 from x402mw.escrow.rows import fetch_escrows, find_escrow
-from x402mw.escrow.rules.values import HOUSE, Escrow, agent_account
+from x402mw.escrow.rules.values import HOUSE, SESSION, Escrow, agent_account
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.transactions import Transaction
 
@@ -104,13 +104,17 @@ class World:
                 connection, select(schema.escrows)
             )
 
+    @property
+    def agents(self) -> list[str]:
+        """Everybody, in the same order in every world."""
+        return [*self.buyers, *self.providers]
+
     async def by_number(self) -> dict[str, Any]:
         """Balances and escrows, comparable with another world's."""
         balances, escrows = await self.read()
         states = {escrow.escrow_id: escrow for escrow in escrows}
-        known = [*self.buyers, *self.providers]
         return {
-            "balances": [balances[agent_account(agent)] for agent in known],
+            "balances": [balances[agent_account(agent)] for agent in self.agents],
             "house": balances[HOUSE],
             "escrows": [outcome(states[name]) for name in self.escrows],
         }
@@ -128,6 +132,8 @@ def journal(number: int) -> str:
 
 class Trade(RuleBasedStateMachine):
     """Any operations in any order, in two worlds."""
+
+    new_world = World
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +160,7 @@ class Trade(RuleBasedStateMachine):
         """Two worlds from the same empty books."""
         self.worlds = []
         for name in ("swept.db", "lazy.db"):
-            self.worlds.append(World(self.new_database(name), self.clock))
+            self.worlds.append(self.new_world(self.new_database(name), self.clock))
             self.run(self.worlds[-1].start())
         self.swept, self.lazy = self.worlds
 
@@ -269,7 +275,8 @@ class Trade(RuleBasedStateMachine):
                 for number, proven, final in items:
                     name = world.escrows[self.pick(number)]
                     escrow = await find_escrow(tx.connection, name)
-                    if escrow is not None and escrow.provider == world.providers[provider]:
+                    own = escrow is not None and escrow.provider == world.providers[provider]
+                    if escrow is not None and own and escrow.kind == SESSION:
                         judged.append(Claim(name, proven, final))
                 return await redemption.redeem(tx, world.providers[provider], batch, judged)
 
