@@ -119,6 +119,9 @@ def _form(document: Schema, schema: Schema) -> str:
     if "$ref" in schema:
         model = _resolve(document, schema)
         return f"{model.get('title', '')} {{{', '.join(model.get('properties', {}))}}}"
+    if "examples" in schema:
+        # People read an example sooner than a pattern; machines have the document.
+        return f"{schema.get('type', 'string or number')} like {schema['examples'][0]}"
     if options := schema.get("anyOf") or schema.get("oneOf"):
         return " or ".join(dict.fromkeys(_form(document, one) for one in options))
     if "const" in schema:
