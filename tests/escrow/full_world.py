@@ -61,8 +61,9 @@ class FullWorld(World):
         return {**await super().by_number(), "history": history}
 
     @contextmanager
-    def crash_at(self, statement: int) -> Iterator[None]:
-        """Within, the n-th statement of a transaction fails, or else its commit."""
+    def crash_at(self, statement: int, reached: list[str] | None = None) -> Iterator[None]:
+        """Within, the n-th statement of a transaction fails, or else its commit; says which."""
+        reached = [] if reached is None else reached
         thread = self.ledger._thread
         engine = thread._blocking if thread else self.ledger._engine.sync_engine
         left = statement
@@ -71,10 +72,12 @@ class FullWorld(World):
             nonlocal left
             left -= 1
             if left == 0:
+                reached.append("statement")
                 raise Crash
 
         def commit(*_: Any) -> None:
             if left > 0:
+                reached.append("commit")
                 raise Crash
 
         event.listen(engine, "before_cursor_execute", execute)
