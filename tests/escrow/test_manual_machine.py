@@ -9,9 +9,16 @@ import os
 from typing import Any
 from unittest import mock
 
+import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import select
 
 from tests.escrow.full_world import (
@@ -222,10 +229,23 @@ async def check_actors(world: FullWorld) -> None:
     assert all(actor is None for kind, actor in found if kind != "deadline")
 
 
-TestMarket, TestMarketOnPostgresql = Market.TestCase, PostgresqlMarket.TestCase
-TestMarket.settings = hypothesis_settings(
-    max_examples=2000 if LONG else 3, stateful_step_count=60 if LONG else 20, deadline=None
+SHARES = range(5 if LONG else 1)
+"""A long run is 2000 runs of 60 steps, in tests that each end within the hour."""
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    ("machine", "runs", "quick"), [(Market, 300, 3), (PostgresqlMarket, 100, 1)]
 )
-TestMarketOnPostgresql.settings = hypothesis_settings(
-    TestMarket.settings, max_examples=2000 if LONG else 2
-)
+def test_any_operations_in_any_order(
+    machine: type[Market], runs: int, quick: int, share: int
+) -> None:
+    """I1 to I11, I13, I14, I16, I18, I19: whatever is done, in whatever order, and failing."""
+    run_state_machine_as_test(
+        machine,
+        settings=hypothesis_settings(
+            max_examples=runs if LONG else quick,
+            stateful_step_count=60 if LONG else 20,
+            deadline=None,
+        ),
+    )
