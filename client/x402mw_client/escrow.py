@@ -103,6 +103,7 @@ class _Methods:
     add_evidence = Method(manual.add_evidence)
     withdraw_dispute = Method(manual.withdraw_dispute)
     resolve_dispute = Method(manual.resolve_dispute)
+    list_cases = Method(manual.list_cases)
     list_disputes = Method(manual.list_disputes)
     iter_disputes = Walk(manual.iter_disputes)
 

@@ -27,7 +27,7 @@ from x402mw_client.operations import (
     write_amount,
     write_whole,
 )
-from x402mw_client.records import DisputeRecord, EscrowRecord, Outcome, Page
+from x402mw_client.records import CaseRecord, DisputeRecord, EscrowRecord, Outcome, Page
 
 HOUR_SECONDS = 3600
 Number: TypeAlias = str | int | float | Decimal | Fraction
@@ -308,3 +308,11 @@ def iter_disputes(
 ) -> Listing[DisputeRecord]:
     """Goes through all open disputes, oldest first; for arbiters."""
     return Listing(lambda after: list_disputes(limit=page_items, after=after), progress)
+
+
+def list_cases(
+    escrow: AnyEscrow, *, limit: int | None = None, after: str | None = None
+) -> Operation[Page[CaseRecord]]:
+    """Fetches a page of an escrow's disputes with all evidence, newest first."""
+    query = given(limit=limit, after=after)
+    return Operation(Page[CaseRecord], "GET", API + path_of(escrow, "/disputes"), query=query)

@@ -215,6 +215,20 @@ class DisputeRecord(OpenDispute):
     decided_at: int | None = None
 
 
+class Statement(Answer):
+    """What a party had to say in a dispute."""
+
+    agent_id: str
+    content: str
+    created_at: int
+
+
+class CaseRecord(DisputeRecord):
+    """A dispute with all that was said in it, in order."""
+
+    evidence: list[Statement] = []
+
+
 class EscrowRecord(Answer):
     """One escrow of either `kind`. `deposit` is what was locked in all, `remaining` what is held.
 

@@ -196,6 +196,13 @@ async def test_disputes(stage: Any) -> None:
             ended = await arbiter.resolve_dispute(found.escrow, "7.00", "3.00", "most of it came")
             assert (ended.released, ended.refunded) == (7_000_000, 3_000_000)
             assert (await arbiter.list_disputes(limit=1)).items == []
+            for reader in (arbiter, s.buyer, s.provider):
+                second, first = (await reader.list_cases(job)).items
+                assert (second.status, first.status) == ("resolved", "withdrawn")
+                assert [said.content for said in first.evidence] == [
+                    "see the log",
+                    "it was on time",
+                ]
 
 
 async def test_conditions(stage: Any) -> None:

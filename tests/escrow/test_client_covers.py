@@ -29,6 +29,7 @@ ALL: list[Operation[Any]] = [
     *(manual.return_money(E, ONE), manual.deliver(E), manual.approve(E), manual.reject(E)),
     *(manual.present_outcome(E, ""), manual.dispute(E, "x"), manual.add_evidence(E, "x")),
     *(manual.withdraw_dispute(E), manual.resolve_dispute(E, ONE, ONE), manual.list_disputes()),
+    manual.list_cases(E),
     *(accounts.register_agent("x"), accounts.me(), accounts.find_handle("abc")),
     *(accounts.claim_faucet(), accounts.revoke_myself(), accounts.list_api_keys()),
     *(accounts.create_api_key(), accounts.rotate_api_key(KEY), accounts.revoke_api_key(KEY)),
@@ -52,6 +53,8 @@ def shape(method: str, path: str) -> tuple[str, str]:
 def test_each_route_has_a_method_of_the_client() -> None:
     """What the API can, the client can, by the same method and path."""
     served = {(route.method, route.path) for route in (*ROUTES, *service.ROUTES)} - NOT_FOR_CLIENTS
+    outside = {operation.path for operation in ALL if not operation.path.startswith("/api/v1/")}
+    assert outside <= {route.path for route in service.ROUTES}
     asked = {shape(operation.method, operation.path) for operation in ALL}
     assert asked == {shape(method, path) for method, path in served}
 

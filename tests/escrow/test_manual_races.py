@@ -323,3 +323,19 @@ async def test_what_time_gave_can_be_withdrawn_at_once(db: str) -> None:
             await agents.withdraw(tx, m.provider.agent_id, to_atomic("9.90"))
         assert await m.balance(m.provider) == "0.00"
         assert (await entries(m, name))[-1][2] is None
+
+
+async def test_only_parties_and_arbiters_read_what_was_said(db: str) -> None:
+    """An arbiter sees the cases of escrows that were disputed, and strangers see none."""
+    async with market(db) as m:
+        judge, stranger = await arbiter(m), await make_agent(m, "public", "read")
+        quiet, loud = await lock(m), await lock(m)
+        await done(m, m.buyer, loud, "dispute", reason="late", evidence="a photograph")
+        for who, name, status in (
+            (m.provider, quiet, 200), (judge, quiet, 404), (stranger, quiet, 404),
+            (m.provider, loud, 200), (judge, loud, 200), (stranger, loud, 404),
+        ):  # fmt: skip
+            answer = await m.get(who, f"/escrow/{name}/disputes")
+            assert answer.status_code == status
+        (case,) = (await m.get(judge, f"/escrow/{loud}/disputes")).json()["items"]
+        assert [said["content"] for said in case["evidence"]] == ["a photograph"]

@@ -207,6 +207,32 @@ async def open_disputes(
     return (await connection.execute(query)).all()
 
 
+async def disputes_of(
+    connection: AsyncConnection, escrow_id: str, *, limit: int, after: int | None
+) -> Sequence[Any]:
+    """The disputes an escrow has had, newest first, from before number `after`."""
+    disputes = schema.disputes
+    query = select(disputes).where(disputes.c.escrow_id == escrow_id)
+    if after is not None:
+        query = query.where(disputes.c.number < after)
+    return (await connection.execute(query.order_by(disputes.c.number.desc()).limit(limit))).all()
+
+
+async def evidence_of(
+    connection: AsyncConnection, escrow_id: str, numbers: Sequence[int]
+) -> dict[int, list[dict[str, Any]]]:
+    """What was said in some disputes of an escrow, by their numbers, in order."""
+    evidence = schema.evidence
+    query = select(evidence).where(
+        evidence.c.escrow_id == escrow_id, evidence.c.number.in_(numbers)
+    )
+    said: dict[int, list[dict[str, Any]]] = {}
+    for row in await connection.execute(query.order_by(evidence.c.number, evidence.c.line)):
+        line = {"agent_id": row.agent_id, "content": row.content, "created_at": row.created_at}
+        said.setdefault(row.number, []).append(line)
+    return said
+
+
 def describe_dispute(row: Any) -> dict[str, Any]:
     """A dispute as parties and arbiters see it."""
     return {

@@ -7,6 +7,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import agents, agreements, deadlines, manual_bodies, schema
+from x402mw.escrow.access import ARBITER, Principal
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.manual import Answer, find_part, keep, load, show
 from x402mw.escrow.rows import find_escrow
@@ -112,3 +113,31 @@ async def show_all(
         "items": [agreements.describe_dispute(row) for row in rows[:limit]],
         "next": None if last is None else f"{last.opened_at}.{last.escrow_id}",
     }
+
+
+async def show_of(
+    connection: AsyncConnection,
+    caller: Principal,
+    escrow_id: str,
+    *,
+    asset: str,
+    limit: int,
+    after: int | None,
+) -> Answer:
+    """A page of an escrow's disputes with what was said in them, newest first.
+
+    For its parties, and for arbiters of its asset if it was ever disputed.
+    """
+    escrow = await find_escrow(connection, escrow_id)
+    if escrow is None:
+        raise not_found()
+    rows = await agreements.disputes_of(connection, escrow_id, limit=limit + 1, after=after)
+    judges = ARBITER in caller.scopes and escrow.asset == asset and bool(rows)
+    if caller.agent_id not in (escrow.buyer, escrow.provider) and not judges:
+        raise not_found()
+    said = await agreements.evidence_of(connection, escrow_id, [row.number for row in rows[:limit]])
+    items = [
+        {**agreements.describe_dispute(row), "evidence": said.get(row.number, [])}
+        for row in rows[:limit]
+    ]
+    return {"items": items, "next": str(items[-1]["number"]) if len(rows) > limit else None}

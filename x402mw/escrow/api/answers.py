@@ -147,6 +147,27 @@ class Disputes(Answer):
     next: str | None
 
 
+class Statement(Answer):
+    """What a party had to say."""
+
+    agent_id: AgentId
+    content: str
+    created_at: Seconds
+
+
+class Case(Dispute):
+    """A dispute with all that was said in it."""
+
+    evidence: list[Statement]
+
+
+class Cases(Answer):
+    """A page of an escrow's disputes."""
+
+    items: list[Case]
+    next: str | None
+
+
 class Line(Answer):
     """What one entry of the books moved; `actor` is who did it, null if time did."""
 

@@ -5,13 +5,20 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from x402mw.core import ids
 from x402mw.escrow import disputes, manual, modes
 from x402mw.escrow import manual_bodies as bodies
-from x402mw.escrow.access import ARBITER, PROVIDE, SPEND
+from x402mw.escrow.access import ARBITER, PROVIDE, READ, SPEND
 from x402mw.escrow.api import answers
-from x402mw.escrow.api.queries import DisputePage
+from x402mw.escrow.api.queries import CasePage, DisputePage
 from x402mw.escrow.api.routes import Route, Routes
-from x402mw.escrow.api.shared import find_ledger, find_principal, find_query, on_escrow
+from x402mw.escrow.api.shared import (
+    find_ledger,
+    find_principal,
+    find_query,
+    on_escrow,
+    path_id,
+)
 from x402mw.escrow.bodies import Body
 from x402mw.escrow.transactions import Transaction
 
@@ -35,6 +42,22 @@ async def list_disputes(request: Request) -> Response:
     asset = modes.asset_of(ledger.settings.asset.code, find_principal(request).mode)
     async with ledger.read() as connection:
         page = await disputes.show_all(connection, asset=asset, limit=query.limit, after=after)
+    return JSONResponse(page)
+
+
+async def list_escrow_disputes(request: Request) -> Response:
+    """GET /escrow/{id}/disputes, for its parties and for arbiters."""
+    query, ledger, caller = (
+        find_query(request, CasePage),
+        find_ledger(request),
+        find_principal(request),
+    )
+    escrow_id = path_id(request, "escrow_id", ids.ESCROW)
+    asset = modes.asset_of(ledger.settings.asset.code, caller.mode)
+    async with ledger.read() as connection:
+        page = await disputes.show_of(
+            connection, caller, escrow_id, asset=asset, limit=query.limit, after=query.after
+        )
     return JSONResponse(page)
 
 
@@ -98,6 +121,12 @@ ROUTES: Routes = (
         *("dispute/resolve", ARBITER, bodies.Decision, disputes.resolve),
         "Decides a dispute: how much of it goes to whom.",
         "arbiter_is_party not_covered amount_out_of_range",
+    ),
+    Route(
+        *("GET", "/escrow/{escrow_id}/disputes", f"{READ} {ARBITER}", list_escrow_disputes),
+        "Lists the disputes of an escrow with all that was said in them, newest first.",
+        answers.Cases,
+        query=CasePage,
     ),
     Route(
         *("GET", "/disputes", ARBITER, list_disputes),

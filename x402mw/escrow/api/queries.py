@@ -56,6 +56,17 @@ class EscrowPage(Page):
     status: Status | None = None
 
 
+class CasePage(Query):
+    """`GET /escrow/{id}/disputes`: each may hold a hundred statements, so few at a time."""
+
+    limit: Annotated[
+        int,
+        Field(ge=1, le=10, description="The most items of a page."),
+        BeforeValidator(_number),
+    ] = 10
+    after: Number | None = _NEXT
+
+
 class TransferPage(Page):
     """`GET /transfers`."""
 
