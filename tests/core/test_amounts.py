@@ -98,3 +98,16 @@ def test_a_long_precise_number_is_refused() -> None:
     with pytest.raises(AmountInvalid):
         amounts.exact(Decimal((0, (1,), -31)))
     assert USDC.unit == 1_000_000
+
+
+@pytest.mark.parametrize("value", [0, 1, Decimal("3.7"), Decimal("0.0000137"), Decimal("8E-5")])
+def test_json_numbers_are_read_digit_by_digit(value: int | Decimal) -> None:
+    """M3: a JSON number is as exact as the same digits in a string."""
+    assert amounts.parse_number(value) == amounts.parse_display(str(value))
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "1", None, -1, Decimal("NaN"), Decimal("1E-31")])
+def test_what_is_no_amount_is_no_number_either(value: object) -> None:
+    """M1, M3: floats, booleans and texts are no JSON numbers; the bounds of texts hold."""
+    with pytest.raises(AmountInvalid):
+        amounts.parse_number(value)
