@@ -2,24 +2,29 @@
 
 import asyncio
 import json
+import re
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import select
 
 from tests.escrow.market import Market, code_of, joined, market
 from tests.support.escrow import MovingClock, escrow_process
 from tests.support.receiver import Delivery, Receiver, receiving
+from tests.support.serving import serving
 from x402mw.escrow import schema
 from x402mw.escrow.events import posting, queue
 from x402mw.escrow.events.posting import Poster, is_public
 from x402mw_client.webhooks import Event, Seen, WebhookRefused, verify
 
 pytestmark = pytest.mark.anyio
+PAGE = (Path(__file__).parents[2] / "docs" / "events.md").read_text()
 
 
 @pytest.fixture
@@ -349,6 +354,34 @@ async def test_what_is_no_target_is_refused_when_made(db: str, url: str) -> None
         assert code_of(answer) == (422, "invalid_request")
         async with m.escrow.ledger.read() as connection:
             assert (await connection.execute(select(schema.webhooks))).first() is None
+
+
+async def test_the_receiver_of_the_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page's receiver takes what the escrow sends, once, and refuses what it does not."""
+    (code,) = re.findall(r"<!-- test: receiver -->\n+```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/events.md", "exec"), names)
+    async with (
+        serving(names["app"]) as url,
+        market(tmp_path, clock=time.time, local_webhooks=True) as m,
+        httpx.AsyncClient(timeout=20) as http,
+    ):
+        hook = (await m.post(m.buyer, "/webhooks", {"url": f"{url}/hook"})).json()
+        monkeypatch.setenv("WEBHOOK_SECRET", hook["secret"])
+        name = (await m.open("10"))["escrow_id"]
+
+        async def delivered() -> bool:
+            return [each["state"] for each in await deliveries(m, hook)] == ["delivered"]
+
+        await until(delivered)
+        assert (await http.post(f"{url}/hook", content=b"{}")).status_code == 400
+        (told,) = await deliveries(m, hook)
+        again = f"/webhooks/{hook['webhook_id']}/deliveries/{told['event_id']}/redeliver"
+        assert (await m.post(m.buyer, again)).status_code == 200
+        await until(delivered)
+    assert capsys.readouterr().out == f"locked {name} 10000000\n"
 
 
 def test_waits_grow_and_differ() -> None:

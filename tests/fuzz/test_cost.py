@@ -18,7 +18,7 @@ from tests.support import payments
 from x402mw.core import gate, headers, routes, tokens
 from x402mw.core.routes import RouteTable
 from x402mw.core.strict import b64_encode, b64url_encode, dumps, loads_object
-from x402mw.escrow import bodies, web
+from x402mw.escrow import account_bodies, web
 from x402mw.escrow.errors import Refused
 
 SECONDS_MAX = 0.005
@@ -160,7 +160,7 @@ async def test_bodies_of_strangers() -> None:
 
     def register() -> None:
         with pytest.raises(Refused):
-            web.parse(bodies.NewAgent, loads_object(body))
+            web.parse(account_bodies.NewAgent, loads_object(body))
 
     assert least_seconds(register) < SECONDS_MAX
 

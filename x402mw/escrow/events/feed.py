@@ -69,7 +69,8 @@ class Feed:
                 try:
                     moved = await self._read()
                 except Exception as error:
-                    _log.warning("streams of events wait: %s", type(error).__name__)
+                    name = type(error).__name__
+                    _log.warning("streams wait: %s", name, extra={"event": "streams_failed"})
                     moved = False
                 if not moved:
                     await ear.wait()
