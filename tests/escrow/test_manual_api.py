@@ -215,6 +215,21 @@ async def test_a_dispute_holds_its_part_and_nothing_else(db: str) -> None:
         assert (await done(m, m.buyer, name, "close"))["status"] == "settled"
 
 
+async def test_a_dispute_is_not_withdrawn_for_ever(db: str) -> None:
+    """Rule 4: a dispute stops a review; who took three back over the same thing opens no fourth."""
+    async with market(db) as m:
+        name = await lock(m)
+        for _ in range(3):
+            await done(m, m.buyer, name, "dispute", reason="late")
+            await done(m, m.buyer, name, "dispute/withdraw")
+        again = (409, "withdrawn_too_often")
+        assert await refused(m, m.buyer, name, "dispute", reason="late") == again
+        assert await refused(m, m.buyer, name, "dispute", amount="10.00", reason="late") == again
+        await done(m, m.buyer, name, "dispute", amount="1.00", reason="this much is missing")
+        await done(m, m.buyer, name, "dispute/withdraw")
+        await done(m, m.provider, name, "dispute", reason="unpaid")
+
+
 async def test_a_dispute_nobody_decides_ends_by_its_deadline(db: str) -> None:
     """Rule 5: after seven days on_expiry applies to D, recorded as undecided."""
     async with market(db) as m:
@@ -229,7 +244,7 @@ async def test_a_dispute_nobody_decides_ends_by_its_deadline(db: str) -> None:
 
 
 async def test_revenue_is_split_exactly(db: str) -> None:
-    """E23: each release is split by largest remainder, to the unit."""
+    """E23: what the provider earns is shared by the fractions, to the unit."""
     async with market(db) as m:
         body = (await m.http.post("/agents", json={"name": "helper"})).json()
         payees = [

@@ -192,16 +192,41 @@ weights = st.lists(st.integers(1, 1000), min_size=1, max_size=20)
 
 
 @given(st.integers(0, 10**12), weights)
-def test_a_split_is_exact_and_goes_by_the_largest_rest(amount: int, parts: list[int]) -> None:
-    """E23: shares sum to the amount, each within a unit; who gets the unit has the larger rest."""
-    exact = [Fraction(amount * part, sum(parts)) for part in parts]
-    shares = money.split_largest(amount, [Fraction(part, sum(parts)) for part in parts])
-    assert sum(shares) == amount
-    rests = [value - math.floor(value) for value in exact]
-    up = [share - math.floor(value) for share, value in zip(shares, exact, strict=True)]
-    assert set(up) <= {0, 1}
-    pairs = list(zip(rests, up, strict=True))
-    assert all(more >= less for more, a in pairs for less, b in pairs if a > b)
+def test_shares_are_whole_and_fair(total: int, parts: list[int]) -> None:
+    """E23: shares sum to the total, each off by at most about half a unit for each payee."""
+    shared = [Fraction(part, sum(parts)) for part in parts]
+    shares = money.share_out(total, shared)
+    assert sum(shares) == total
+    off = [abs(share - total * part) for share, part in zip(shares, shared, strict=True)]
+    assert max(off) <= (len(parts) + 1) / 2
+    assert all(
+        a >= b
+        for a, x in zip(shares, parts, strict=True)
+        for b, y in zip(shares, parts, strict=True)
+        if x > y
+    )
+
+
+@given(st.integers(0, 300), st.lists(st.integers(1, 12), min_size=1, max_size=8))
+def test_each_unit_goes_to_who_is_furthest_behind(total: int, parts: list[int]) -> None:
+    """E23, I16: the shares are those of handing out unit by unit, so no share ever falls."""
+    shared = [Fraction(part, sum(parts)) for part in parts]
+    held = [0] * len(parts)
+    for given_out in range(total):
+        assert money.share_out(given_out, shared) == held
+        claims = [part / (2 * had + 1) for part, had in zip(shared, held, strict=True)]
+        held[claims.index(max(claims))] += 1
+
+
+@given(st.lists(st.integers(1, DOLLAR), min_size=1, max_size=8))
+def test_payees_earn_the_same_however_a_release_is_split(amounts: list[int]) -> None:
+    """E23, I16: each payee's sum follows from the total, not from its parts."""
+    payees = money.write_payees([(PROVIDER, "0.334"), ("ag_x", "0.333"), ("ag_y", "0.333")])
+    states = [lock(10 * DOLLAR, payees=payees)]
+    for amount in amounts:
+        states.append(manual.release(states[-1], Fraction(amount)))
+    at_once = manual.release(states[0], Fraction(sum(amounts)))
+    assert moved(*states) == moved(states[0], at_once)
 
 
 @given(st.lists(st.integers(1, 3 * DOLLAR), min_size=1, max_size=3))
@@ -257,6 +282,24 @@ def test_what_is_under_review_is_not_taken_back() -> None:
     with pytest.raises(InvalidState):
         manual.refund(manual.refund(delivered, None), None)
     assert manual.give_back(delivered, None).escrow.refunded == 10
+
+
+@pytest.mark.parametrize("answer", [lambda a: a, lambda a: manual.reject(a, 1)])
+def test_what_was_delivered_is_not_taken_back_alone(answer: Step) -> None:
+    """X24: not by refund, settlement or closing, nor after a reject; the provider may give it."""
+    delivered = answer(manual.deliver(lock(10, 4, 6), 1, "", T0))
+    for taken in (manual.refund, lambda a, x: manual.settle(a, Atomic(0), x)):
+        with pytest.raises(NotCovered) as refused:
+            taken(delivered, Atomic(7))
+        assert refused.value.available == 6
+        assert taken(delivered, Atomic(6)).escrow.refunded == 6
+        with pytest.raises(InvalidState, match="delivered"):
+            taken(taken(delivered, Atomic(6)), Atomic(1))
+    with pytest.raises(InvalidState, match="delivered"):
+        manual.close(delivered, Event.BUYER_CLOSE)
+    assert manual.settle(delivered, Atomic(4), Atomic(6)).escrow.status == "settled"
+    assert manual.give_back(delivered, None).escrow.status == "refunded"
+    assert manual.close(delivered, Event.PROVIDER_CLOSE).escrow.status == "refunded"
 
 
 def test_a_disputed_delivery_does_not_hold_the_rest() -> None:

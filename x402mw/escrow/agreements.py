@@ -194,6 +194,18 @@ async def count_disputes(connection: AsyncConnection, escrow_id: str) -> int:
     return int((await connection.execute(query)).scalar_one())
 
 
+async def count_withdrawn(connection: AsyncConnection, escrow_id: str, opened: Dispute) -> int:
+    """How many disputes over the same thing their opener has taken back."""
+    disputes = schema.disputes.c
+    query = select(func.count()).where(
+        disputes.escrow_id == escrow_id,
+        disputes.status == WITHDRAWN,
+        disputes.opener == opened.opener,
+        disputes.part.is_not_distinct_from(opened.part),
+    )
+    return int((await connection.execute(query)).scalar_one())
+
+
 async def open_disputes(
     connection: AsyncConnection, *, asset: str, limit: int, after: tuple[int, str] | None
 ) -> Sequence[Any]:

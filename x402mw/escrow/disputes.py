@@ -12,12 +12,14 @@ from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.manual import Answer, find_part, keep, load, show
 from x402mw.escrow.rows import find_escrow
 from x402mw.escrow.rules import manual, money
+from x402mw.escrow.rules.agreement import Agreement
 from x402mw.escrow.rules.table import Event, InvalidState
 from x402mw.escrow.rules.values import MANUAL
 from x402mw.escrow.transactions import Transaction
 
 DISPUTE_SECONDS = 7 * 24 * 60 * 60
 EVIDENCE_MAX = 100
+WITHDRAWN_MAX = 3
 
 
 async def dispute(
@@ -35,10 +37,22 @@ async def dispute(
         now=tx.now,
         deadline=tx.now + DISPUTE_SECONDS,
     )
+    await _check_withdrawn(tx, after)
     answer = await keep(tx, before, after, Event.DISPUTE, reason=wish.reason)
     if wish.evidence and after.dispute is not None:
         await _add_evidence(tx, caller, escrow_id, after.dispute.number, wish.evidence)
     return answer
+
+
+async def _check_withdrawn(tx: Transaction, agreement: Agreement) -> None:
+    """A dispute stops a review; opened and withdrawn again and again it would stop it for ever."""
+    opened = agreement.dispute
+    if opened is None:
+        return
+    withdrawn = await agreements.count_withdrawn(tx.connection, agreement.escrow.escrow_id, opened)
+    if withdrawn >= WITHDRAWN_MAX:
+        detail = f"you have withdrawn {withdrawn} disputes over the same"
+        raise Refused(409, "withdrawn_too_often", detail)
 
 
 async def add_evidence(

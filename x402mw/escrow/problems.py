@@ -125,6 +125,11 @@ PROBLEMS = {
     "too_much_evidence": Problem(
         (409,), "a dispute takes no more statements", "wait for the decision"
     ),
+    "withdrawn_too_often": Problem(
+        (409,),
+        "you have taken back too many disputes over the same",
+        "go by the terms, or agree with the other party",
+    ),
     "agent_revoked": Problem((409,), "this agent trades no more", "use another agent"),
     "mode_mismatch": Problem(
         (409,), "your key's tenant has the other mode", "use a key of the mode you want"

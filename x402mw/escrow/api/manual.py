@@ -40,8 +40,9 @@ async def list_disputes(request: Request) -> Response:
     after = (int(opened_at), escrow_id) if escrow_id else None
     ledger = find_ledger(request)
     asset = modes.asset_of(ledger.settings.asset.code, find_principal(request).mode)
-    async with ledger.read() as connection:
-        page = await disputes.show_all(connection, asset=asset, limit=query.limit, after=after)
+    page = await ledger.read(
+        lambda db: disputes.show_all(db, asset=asset, limit=query.limit, after=after)
+    )
     return JSONResponse(page)
 
 
@@ -54,10 +55,11 @@ async def list_escrow_disputes(request: Request) -> Response:
     )
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     asset = modes.asset_of(ledger.settings.asset.code, caller.mode)
-    async with ledger.read() as connection:
-        page = await disputes.show_of(
-            connection, caller, escrow_id, asset=asset, limit=query.limit, after=query.after
+    page = await ledger.read(
+        lambda db: disputes.show_of(
+            db, caller, escrow_id, asset=asset, limit=query.limit, after=query.after
         )
+    )
     return JSONResponse(page)
 
 
@@ -105,7 +107,7 @@ ROUTES: Routes = (
     on_escrow(
         *("dispute", _EITHER, bodies.NewDispute, disputes.dispute),
         "Holds an amount back until an arbiter decides.",
-        f"too_much_evidence {_PART}",
+        f"withdrawn_too_often {_PART}",
     ),
     on_escrow(
         *("dispute/evidence", _EITHER, bodies.Evidence, disputes.add_evidence),

@@ -60,11 +60,14 @@ class Agreement(NamedTuple):
     dispute: Dispute | None = None
 
     @property
-    def under_review(self) -> int:
-        """What is delivered and not yet answered; the buyer alone may not take it back."""
-        delivered = [part for part in self.parts if part.state is PartState.DELIVERED]
-        open_ones = [part for part in delivered if not self.holds(part)]
-        return min(self.escrow.free, sum(map(self.worth, open_ones)))
+    def claimed(self) -> int:
+        """What was delivered, rejected or not, and not yet paid, of what is free.
+
+        The buyer alone may not take it back (requirement X24).
+        """
+        states = (PartState.DELIVERED, PartState.REJECTED)
+        parts = [part for part in self.parts if part.state in states and not self.holds(part)]
+        return min(self.escrow.free, sum(map(self.worth, parts)))
 
     @property
     def reviewed(self) -> list[Part]:

@@ -52,6 +52,9 @@ def release_all(agreement: Agreement) -> Agreement:
 
 def settle(agreement: Agreement, released: Atomic, refunded: Atomic) -> Agreement:
     """Pays one part and sends another home, at once: the performance settlement."""
+    table.check(agreement.escrow, Event.SETTLE)
+    if refunded:
+        _check_taking(agreement, Event.SETTLE, refunded)
     return _pay(agreement, Event.SETTLE, released, refunded, reason="release")
 
 
@@ -61,30 +64,38 @@ def meet_condition(agreement: Agreement) -> Agreement:
 
 
 def refund(agreement: Agreement, amount: Atomic | None) -> Agreement:
-    """The buyer takes back what is free and not under review; None means all of it."""
+    """The buyer takes back what is free and never was delivered; None means all of it."""
     table.check(agreement.escrow, Event.REFUND)
-    most = agreement.escrow.free - agreement.under_review
-    if most == 0 and agreement.under_review:
-        raise InvalidState(agreement.escrow.status, Event.REFUND)
-    return _send_home(agreement, Event.REFUND, most, amount)
+    wanted = agreement.escrow.free - agreement.claimed if amount is None else amount
+    _check_taking(agreement, Event.REFUND, wanted)
+    return _pay(agreement, Event.REFUND, ZERO, wanted, reason="refund")
+
+
+def _check_taking(agreement: Agreement, event: Event, wanted: int) -> None:
+    """Refuses a buyer who takes what was delivered: that needs the provider or a dispute."""
+    most = agreement.escrow.free - agreement.claimed
+    if most == 0 and agreement.claimed:
+        raise InvalidState("delivered", event)
+    if not 0 < wanted <= most:
+        raise NotCovered("free to go back", most)
 
 
 def give_back(agreement: Agreement, amount: Atomic | None) -> Agreement:
     """The provider sends the buyer what is still held; None means all of it."""
     table.check(agreement.escrow, Event.GIVE_BACK)
-    return _send_home(agreement, Event.GIVE_BACK, agreement.escrow.free, amount)
+    free = agreement.escrow.free
+    wanted = free if amount is None else amount
+    if not 0 < wanted <= free:
+        raise NotCovered("free to go back", free)
+    return _pay(agreement, Event.GIVE_BACK, ZERO, wanted, reason="refund")
 
 
 def close(agreement: Agreement, event: Event) -> Agreement:
-    """Either party ends it: all that is held goes home."""
+    """Either party ends it: all that is held goes home, if the buyer may take all of it."""
+    table.check(agreement.escrow, event)
+    if event is Event.BUYER_CLOSE and agreement.claimed:
+        raise InvalidState("delivered", event)
     return _pay(agreement, event, ZERO, agreement.escrow.free, reason=event.value)
-
-
-def _send_home(agreement: Agreement, event: Event, most: int, amount: Atomic | None) -> Agreement:
-    wanted = most if amount is None else amount
-    if not 0 < wanted <= most:
-        raise NotCovered("free to go back", most)
-    return _pay(agreement, event, ZERO, wanted, reason="refund")
 
 
 # Milestones and deliveries.

@@ -1,6 +1,7 @@
 """Money in an escrow: fee, referral, revenue split, and what moves between two of its states."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -12,6 +13,7 @@ from x402mw.escrow.rules.table import Event, NotCovered
 from x402mw.escrow.rules.values import Escrow, Transfer, agent_account
 
 BPS = 10_000
+_HALF = Fraction(1, 2)
 Payees = tuple[tuple[str, Fraction], ...]
 """Agents and the fraction each gets of what the provider earns; the fractions sum to 1."""
 
@@ -26,16 +28,20 @@ def split_fee(released: Atomic, fee_bps: int, referral_bps: int = 0) -> tuple[At
     return atomic(fee), atomic(fee * referral_bps // BPS)
 
 
-def split_largest(amount: int, fractions: Sequence[Fraction]) -> list[int]:
-    """Splits whole units exactly by fractions that sum to 1, the last ones by largest rest.
+def share_out(total: int, fractions: Sequence[Fraction]) -> list[int]:
+    """Splits a running total of whole units by fractions that sum to 1 (requirement E23).
 
-    Of equal rests the earlier one has it (requirement E23).
+    As if each unit in turn went to whoever has the largest fraction / (2 x units so far + 1), of
+    equals the first (Sainte-Laguë). So shares only grow with the total, and do not depend on the
+    steps by which it grew; to round each release by itself could give one payee every odd unit.
     """
-    exact = [amount * fraction for fraction in fractions]
-    shares = [value.numerator // value.denominator for value in exact]
-    by_rest = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
-    for i in by_rest[: amount - sum(shares)]:
-        shares[i] += 1
+    indices = range(len(fractions))
+    shares = [math.floor(total * fraction + _HALF) for fraction in fractions]
+    for _ in range(total - sum(shares)):
+        shares[max(indices, key=lambda i: (fractions[i] / (2 * shares[i] + 1), -i))] += 1
+    for _ in range(sum(shares) - total):
+        holders = [i for i in indices if shares[i]]
+        shares[min(holders, key=lambda i: (fractions[i] / (2 * shares[i] - 1), -i))] -= 1
     return shares
 
 
@@ -70,10 +76,9 @@ def transfers(before: Escrow, after: Escrow) -> list[Transfer]:
     """Which money one operation moves: the difference of two states of one escrow."""
     fee, referral = after.fee - before.fee, after.referral - before.referral
     buyer, provider = agent_account(after.buyer), agent_account(after.provider)
-    earned = after.released - before.released - fee
     moves = (
         (buyer, after.account, after.amount - before.amount),
-        *((after.account, payee, share) for payee, share in _shares(after, provider, earned)),
+        *((after.account, payee, share) for payee, share in _earnings(before, after)),
         (after.account, house(after.asset), fee - referral),
         (after.account, agent_account(after.referrer), referral),
         (after.account, buyer, after.refunded - before.refunded),
@@ -82,12 +87,17 @@ def transfers(before: Escrow, after: Escrow) -> list[Transfer]:
     return [Transfer(source, target, atomic(moved)) for source, target, moved in moves if moved]
 
 
-def _shares(escrow: Escrow, provider: str, earned: int) -> Iterable[tuple[str, int]]:
-    if not escrow.payees:
-        return ((provider, earned),)
-    payees = read_payees(escrow.payees)
-    shares = split_largest(earned, [fraction for _, fraction in payees])
-    return [(agent_account(agent), share) for (agent, _), share in zip(payees, shares, strict=True)]
+def _earnings(before: Escrow, after: Escrow) -> list[tuple[str, int]]:
+    """Who earns how much of what was released between two states."""
+    totals = [escrow.released - escrow.fee for escrow in (before, after)]
+    if not after.payees:
+        return [(agent_account(after.provider), totals[1] - totals[0])]
+    payees = read_payees(after.payees)
+    had, has = (share_out(total, [fraction for _, fraction in payees]) for total in totals)
+    return [
+        (agent_account(agent), new - old)
+        for (agent, _), old, new in zip(payees, had, has, strict=True)
+    ]
 
 
 def balance_changes(moves: Iterable[Transfer]) -> dict[str, int]:
