@@ -120,6 +120,7 @@ class _Methods:
     delete_webhook = Method(events.delete_webhook)
     rotate_webhook = Method(events.rotate_webhook)
     list_deliveries = Method(events.list_deliveries)
+    iter_deliveries = Walk(events.iter_deliveries)
     redeliver = Method(events.redeliver)
 
     # For admins of a tenant, and the operator.

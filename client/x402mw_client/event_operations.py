@@ -20,7 +20,6 @@ from x402mw_client.operations import (
     write_id,
 )
 from x402mw_client.records import (
-    Deliveries,
     Delivery,
     EscrowRecord,
     HistoryLine,
@@ -98,9 +97,22 @@ def rotate_webhook(webhook_id: str, *, key: str | None = None) -> Operation[NewW
     return move(NewWebhook, _path(webhook_id, "/rotate"), {}, key)
 
 
-def list_deliveries(webhook_id: str) -> Operation[Deliveries]:
-    """Shows the newest deliveries of a webhook, those given up among them."""
-    return Operation(Deliveries, "GET", API + _path(webhook_id, "/deliveries"))
+def list_deliveries(
+    webhook_id: str, *, limit: int | None = None, after: str | None = None
+) -> Operation[Page[Delivery]]:
+    """Fetches a page of what a webhook was told, newest event first, dead ones among them."""
+    query = given(limit=limit, after=after)
+    path = API + _path(webhook_id, "/deliveries")
+    return Operation(Page[Delivery], "GET", path, query=query)
+
+
+def iter_deliveries(
+    webhook_id: str, *, page_items: int | None = None, progress: Progress | None = None
+) -> Listing[Delivery]:
+    """Goes through all that a webhook was told, newest event first."""
+    return Listing(
+        lambda after: list_deliveries(webhook_id, limit=page_items, after=after), progress
+    )
 
 
 def redeliver(webhook_id: str, event_id: str, *, key: str | None = None) -> Operation[Delivery]:

@@ -351,12 +351,6 @@ class Delivery(Answer):
     next_at: int | None = None
 
 
-class Deliveries(Answer):
-    """The newest deliveries of a webhook."""
-
-    items: list[Delivery]
-
-
 class Verdict(Answer):
     """What became of one item of a redemption; a refused one has a `code` and a `detail`."""
 

@@ -377,6 +377,7 @@ async def test_webhooks(stage: Any) -> None:
             made.webhook_id
         ]
         assert (await s.buyer.list_deliveries(made.webhook_id)).items == []
+        assert await s.buyer.iter_deliveries(made.webhook_id, page_items=1) == []
         assert await refused(s.buyer.redeliver(made.webhook_id, "12.1")) == "not_found"
         with pytest.raises(LocalError):
             await s.buyer.redeliver(made.webhook_id, "1/../..")

@@ -228,6 +228,37 @@ async def test_a_webhook_belongs_to_its_agent(db: str) -> None:
         assert receiver.got == []
 
 
+async def test_deliveries_come_by_the_page(db: str) -> None:
+    """Lists: pages of any size are together the whole list, events of one entry kept in order."""
+    async with hooked(db) as (m, receiver, hook):
+        for _ in range(3):
+            name = (await m.open("10"))["escrow_id"]
+            item = {"voucher": m.voucher(name, "10"), "amount": "10", "final": True}
+            await m.redeem(item)
+        await receiver.wait_for(9)
+        whole = await deliveries(m, hook)
+        ids = [each["event_id"] for each in whole]
+        numbers = [tuple(map(int, (each + ".0").split(".")[:2])) for each in ids]
+        assert len(ids) == len(set(ids)) >= 9
+        assert numbers == sorted(numbers, reverse=True)
+        path = f"/webhooks/{hook['webhook_id']}/deliveries"
+        for size in (1, 2, 5, len(ids), 500):
+            found, more = list[str](), dict[str, str]()
+            while True:
+                page = (await m.get(m.buyer, path, limit=str(size), **more)).json()
+                assert 0 < len(page["items"]) <= size
+                found += [each["event_id"] for each in page["items"]]
+                if page["next"] is None:
+                    break
+                more = {"after": page["next"]}
+            assert found == ids
+        assert (await m.get(m.buyer, path, after="0")).json() == {"items": [], "next": None}
+        junk = ({"after": "x"}, {"after": "1.2.3"}, {"limit": "0"}, {"limit": "501"}, {"to": "1"})
+        for query in junk:
+            answer = await m.get(m.buyer, path, **query)
+            assert code_of(answer) == (422, "invalid_request")
+
+
 async def test_one_of_several_processes_delivers(db: str) -> None:
     """Events: two services on one database deliver each event once, by a lease."""
     from tests.support.escrow import running_escrow

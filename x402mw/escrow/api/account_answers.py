@@ -237,10 +237,13 @@ class RotatedWebhook(MadeWebhook):
     old_secret_until: Seconds
 
 
+EventId = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?$", examples=["812.1"])]
+
+
 class SentEvent(Answer):
     """One event on its way to a webhook."""
 
-    event_id: str
+    event_id: EventId
     event: str
     escrow_id: EscrowId | None
     state: Literal["waiting", "delivered", "dead"]
@@ -252,6 +255,7 @@ class SentEvent(Answer):
 
 
 class Deliveries(Answer):
-    """The newest deliveries."""
+    """A page of what a webhook was told."""
 
     items: list[SentEvent]
+    next: EventId | None

@@ -32,6 +32,7 @@ Limit = Annotated[
     BeforeValidator(_number),
 ]
 Cursor = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,14})\.esc_[0-9a-f]{32}$")]
+EventId = Annotated[str, Field(pattern=r"^[0-9]{1,17}(\.[0-9]{1,17})?$")]
 _NEXT = Field(default=None, description="The `next` of the page before.")
 
 
@@ -91,6 +92,13 @@ class DisputePage(Query):
 
     limit: Limit = PAGE_ITEMS
     after: Cursor | None = _NEXT
+
+
+class DeliveryPage(Query):
+    """`GET /webhooks/{id}/deliveries`: newest event first."""
+
+    limit: Limit = PAGE_ITEMS
+    after: EventId | None = _NEXT
 
 
 class Changes(Query):

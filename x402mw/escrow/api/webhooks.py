@@ -8,8 +8,16 @@ from starlette.responses import JSONResponse, Response
 
 from x402mw.escrow.access import READ
 from x402mw.escrow.api import account_answers as answers
+from x402mw.escrow.api.queries import DeliveryPage
 from x402mw.escrow.api.routes import Route, Routes
-from x402mw.escrow.api.shared import MANAGING, change, find_caller, find_ledger, path_id
+from x402mw.escrow.api.shared import (
+    MANAGING,
+    change,
+    find_caller,
+    find_ledger,
+    find_query,
+    path_id,
+)
 from x402mw.escrow.bodies import Body, EscrowId, printable
 from x402mw.escrow.errors import not_found
 from x402mw.escrow.events import webhooks
@@ -81,8 +89,13 @@ async def list_deliveries(request: Request) -> Response:
     """GET /webhooks/{id}/deliveries."""
     caller = await find_caller(request)
     webhook_id = path_id(request, "webhook_id", webhooks.WEBHOOK_ID)
+    query = find_query(request, DeliveryPage)
+    after = None if query.after is None else _event_number(query.after)
     async with find_ledger(request).read() as connection:
-        return JSONResponse(await webhooks.show_deliveries(connection, caller, webhook_id))
+        page = await webhooks.show_deliveries(
+            connection, caller, webhook_id, limit=query.limit, after=after
+        )
+    return JSONResponse(page)
 
 
 async def redeliver(request: Request) -> Response:
@@ -105,7 +118,6 @@ def _event_number(text: str) -> tuple[int, int]:
     return int(seq), int(part or "0")
 
 
-_ONE = "/webhooks/{webhook_id}"
 _ONE = "/webhooks/{webhook_id}"
 ROUTES: Routes = (
     Route(
@@ -134,8 +146,9 @@ ROUTES: Routes = (
     ),
     Route(
         *("GET", _ONE + "/deliveries", READ, list_deliveries),
-        "Lists the newest deliveries of a webhook, dead ones among them.",
+        "Lists what a webhook was told, the newest event first, dead ones among them.",
         answers.Deliveries,
+        query=DeliveryPage,
     ),
     Route(
         *("POST", _ONE + "/deliveries/{event_id}/redeliver", MANAGING, redeliver),

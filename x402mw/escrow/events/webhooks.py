@@ -4,7 +4,7 @@ import secrets
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy import Row, delete, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core import ids
@@ -15,7 +15,6 @@ from x402mw.escrow.transactions import Transaction
 
 WEBHOOK_ID = "wh_"
 WEBHOOKS_MAX = 20
-DELIVERIES_SHOWN = 100
 OLD_SECRET_SECONDS = 24 * 60 * 60
 ACTIVE, FAILING = "active", "failing"
 WAITING, DELIVERED, DEAD = "waiting", "delivered", "dead"
@@ -115,13 +114,23 @@ async def rotate(tx: Transaction, caller: str, webhook_id: str) -> dict[str, Any
 
 
 async def show_deliveries(
-    connection: AsyncConnection, caller: str, webhook_id: str
+    connection: AsyncConnection,
+    caller: str,
+    webhook_id: str,
+    *,
+    limit: int,
+    after: tuple[int, int] | None,
 ) -> dict[str, Any]:
-    """The newest deliveries of a webhook, dead ones among them."""
+    """A page of what a webhook was told, the newest event first, dead ones among them."""
     await _find(connection, caller, webhook_id)
-    newest = select(_SENT).where(_SENT.c.webhook_id == webhook_id)
-    newest = newest.order_by(_SENT.c.seq.desc(), _SENT.c.part.desc()).limit(DELIVERIES_SHOWN)
-    return {"items": [_describe_delivery(row) for row in await connection.execute(newest)]}
+    query = select(_SENT).where(_SENT.c.webhook_id == webhook_id)
+    if after is not None:
+        query = query.where(tuple_(_SENT.c.seq, _SENT.c.part) < after)
+    query = query.order_by(_SENT.c.seq.desc(), _SENT.c.part.desc()).limit(limit + 1)
+    found = (await connection.execute(query)).all()
+    page = found[:limit]
+    more = write_id(page[-1].seq, page[-1].part) if len(found) > limit else None
+    return {"items": [_describe_delivery(row) for row in page], "next": more}
 
 
 def _describe_delivery(row: Row[Any]) -> dict[str, Any]:
