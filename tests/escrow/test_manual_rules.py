@@ -1,6 +1,8 @@
 """The pure rules of manual escrows: `docs/money.md` M4 and 3 to 6."""
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from itertools import product
 from typing import Any
@@ -300,6 +302,29 @@ def test_what_was_delivered_is_not_taken_back_alone(answer: Step) -> None:
     assert manual.settle(delivered, Atomic(4), Atomic(6)).escrow.status == "settled"
     assert manual.give_back(delivered, None).escrow.status == "refunded"
     assert manual.close(delivered, Event.PROVIDER_CLOSE).escrow.status == "refunded"
+
+
+BUYERS_OWN: list[Callable[[Agreement, int], Agreement]] = [
+    lambda a, x: manual.refund(a, Atomic(x) if x else None),
+    lambda a, x: manual.settle(a, Atomic(x // 2), Atomic(x - x // 2)),
+    lambda a, _: manual.close(a, Event.BUYER_CLOSE),
+    lambda a, _: manual.reject(a, 1),
+    lambda a, x: manual.top_up(a, Atomic(x)),
+    lambda a, x: manual.release(a, Fraction(x, 2)),
+    lambda a, _: manual.approve(a, 2),
+    lambda a, x: manual.withdraw(dispute(a, x or None, part=x % 3 or None), T0),
+]
+
+
+@given(st.lists(st.tuples(st.sampled_from(BUYERS_OWN), st.integers(0, 12)), max_size=12))
+def test_no_life_of_a_buyer_alone_takes_a_delivery(steps: list[Any]) -> None:
+    """X24: whatever a buyer does without the provider, an arbiter or time, its worth is left."""
+    agreement = manual.deliver(lock(10, 4, 6), 1, "", T0)
+    for step, amount in steps:
+        with suppress(InvalidState, NotCovered):
+            agreement = step(agreement, amount)
+            check(agreement)
+        assert agreement.escrow.released + agreement.escrow.free >= 4
 
 
 def test_a_disputed_delivery_does_not_hold_the_rest() -> None:
