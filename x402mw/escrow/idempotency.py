@@ -1,7 +1,7 @@
 """Idempotency keys: the stored answer of an operation commits together with what it moved.
 
 `docs/money.md` 8. Refusals that depended on state are stored like any answer, so a key that was
-refused can never succeed later.
+refused can never succeed later. An answer that holds a secret is stored sealed.
 """
 
 import hashlib
@@ -9,26 +9,35 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from nacl.encoding import URLSafeBase64Encoder
+from nacl.secret import SecretBox
 from sqlalchemy import delete, select
 
 from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused
+from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules.session import UP_GRACE_SECONDS
 from x402mw.escrow.transactions import Transaction
 
 KEY_CHARACTERS_MAX = 255
 KEPT_SECONDS = 7 * 24 * 60 * 60
 RETRY_AFTER_SECONDS = 1
+_SEALED = "sealed:"
+"""What a sealed answer begins with; others are JSON objects."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One use of an `Idempotency-Key`: scoped to a principal and a route, bound to a body."""
+    """One use of an `Idempotency-Key`: scoped to a principal and a route, bound to a body.
+
+    `secret` says that its answer is nobody else's to read.
+    """
 
     principal: str
     route: str
     key: str
     body_hash: str
+    secret: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ async def find(tx: Transaction, key: Key) -> Answer | None:
         return None
     if row.body_hash != key.body_hash:
         raise Refused(422, "idempotency_mismatch", "this key was used for a different request")
-    return Answer(row.status, row.answer, replayed=True)
+    return Answer(row.status, _open(tx.signer, key, row.answer), replayed=True)
 
 
 async def store(tx: Transaction, key: Key, answer: Answer) -> None:
@@ -80,10 +89,26 @@ async def store(tx: Transaction, key: Key, answer: Answer) -> None:
             "key": key.key,
             "body_hash": key.body_hash,
             "status": answer.status,
-            "answer": answer.body,
+            "answer": _seal(tx.signer, key, answer.body) if key.secret else answer.body,
             "created_at": tx.now,
         },
     )
+
+
+def _seal(signer: Signer, key: Key, text: str) -> str:
+    return _SEALED + _box(signer, key).encrypt(text.encode(), encoder=URLSafeBase64Encoder).decode()
+
+
+def _open(signer: Signer, key: Key, text: str) -> str:
+    if not text.startswith(_SEALED):
+        return text
+    sealed = text.removeprefix(_SEALED).encode()
+    return _box(signer, key).decrypt(sealed, encoder=URLSafeBase64Encoder).decode()
+
+
+def _box(signer: Signer, key: Key) -> SecretBox:
+    # Under another principal, path or key it does not open.
+    return signer.answer_box(json.dumps([key.principal, key.route, key.key]))
 
 
 async def prune(tx: Transaction) -> None:

@@ -12,6 +12,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from nacl.secret import SecretBox
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -37,6 +38,7 @@ RETENTION_SECONDS = 7 * 24 * 60 * 60
 KEYS_MAX = 32
 WEBHOOK_SECRET = "whsec_"  # noqa: S105 (what secrets begin with)
 _PERSON, _WEBHOOK_PERSON = b"x402mw/signing", b"x402mw/webhook"
+_ANSWER_PERSON = b"x402mw/answer"
 
 
 def load_root_seed(path: Path | None, text: str | None, *, may_create: bool) -> bytes:
@@ -107,6 +109,16 @@ class Signer:
         text = generation.to_bytes(8, "big") + webhook_id.encode()
         derived = hashlib.blake2b(text, key=self.settings.root_seed, person=_WEBHOOK_PERSON)
         return WEBHOOK_SECRET + b64url_encode(derived.digest()[:SEED_BYTES])
+
+    def answer_box(self, purpose: str) -> SecretBox:
+        """Seals what the database may hold but not tell: each stored answer under its own key."""
+        derived = hashlib.blake2b(
+            purpose.encode(),
+            key=self.settings.root_seed,
+            person=_ANSWER_PERSON,
+            digest_size=SecretBox.KEY_SIZE,
+        )
+        return SecretBox(derived.digest())
 
     async def refresh(self, connection: AsyncConnection, serial: int) -> None:
         """Learns of a rotation, which may have been another process's."""

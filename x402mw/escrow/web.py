@@ -103,7 +103,9 @@ def parse(model: type[Model], value: dict[str, Any]) -> Model:
         ) from None
 
 
-def idempotency_key(request: Request, principal: str, value: dict[str, Any]) -> Key | None:
+def idempotency_key(
+    request: Request, principal: str, value: dict[str, Any], *, secret: bool = False
+) -> Key | None:
     """The key of this request, scoped to its principal and its very path."""
     text = request.headers.get("idempotency-key")
     if text is None:
@@ -113,7 +115,7 @@ def idempotency_key(request: Request, principal: str, value: dict[str, Any]) -> 
             400, "malformed", f"Idempotency-Key has 1 to {KEY_CHARACTERS_MAX} printable characters"
         )
     route = f"{request.method} {request.scope['path']}"
-    return Key(principal, route, text, hash_body(value))
+    return Key(principal, route, text, hash_body(value), secret)
 
 
 def respond(answer: Answer) -> Response:

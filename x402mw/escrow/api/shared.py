@@ -98,16 +98,17 @@ async def change(
     *,
     status: int = 200,
     value: dict[str, Any] | None = None,
+    secret: bool = False,
 ) -> Response:
     """Runs one operation of the caller on a parsed body, once per idempotency key.
 
-    `value` is the body if it was read before.
+    `value` is the body if it was read before; a `secret` answer is stored sealed.
     """
     caller = await find_caller(request)
     if value is None:
         value = await web.read_body(request)
     body = web.parse(model, value)
-    key = web.idempotency_key(request, caller, value)
+    key = web.idempotency_key(request, caller, value, secret=secret)
     ledger = find_ledger(request)
     answer = await ledger.perform(
         lambda tx: operation(tx, caller, body), caller=caller, key=key, status=status

@@ -55,7 +55,7 @@ async def create_webhook(request: Request) -> Response:
         events = tuple(dict.fromkeys(body.events))
         return await webhooks.create(tx, caller, body.url, events, body.escrow_id)
 
-    return await change(request, NewWebhook, create, status=201)
+    return await change(request, NewWebhook, create, status=201, secret=True)
 
 
 async def list_webhooks(request: Request) -> Response:
@@ -82,7 +82,7 @@ async def rotate_webhook(request: Request) -> Response:
     async def rotate(tx: Transaction, caller: str, _body: Body) -> dict[str, Any]:
         return await webhooks.rotate(tx, caller, webhook_id)
 
-    return await change(request, Body, rotate)
+    return await change(request, Body, rotate, secret=True)
 
 
 async def list_deliveries(request: Request) -> Response:
