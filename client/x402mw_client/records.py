@@ -22,7 +22,7 @@ JournalId = Annotated[bytes, reads(lambda text: ids.parse_id(ids.JOURNAL, text))
 Key = Annotated[bytes, reads(lambda text: b64url_decode(text, PUBLIC_KEY_BYTES))]
 
 
-# A manual escrow has none; its answers may say so by an empty text.
+# A manual escrow has none; older answers say so by an empty text.
 Empty = BeforeValidator(lambda value: None if value == "" else value)
 
 T = TypeVar("T", bound=BaseModel)

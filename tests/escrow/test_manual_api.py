@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.escrow.market import Market, code_of, market
+from tests.escrow.market import SESSION_KEY, Market, code_of, market
 from x402mw.core import ids
 from x402mw.core.keys import public_key
 from x402mw.core.outcomes import sign_outcome
@@ -54,6 +54,20 @@ async def test_release_by_amount_total_and_all(db: str) -> None:
         assert (ended["status"], ended["remaining"], ended["fee"]) == ("released", "0.00", "0.10")
         assert await m.balance(m.provider) == "9.90"
         assert await refused(m, m.buyer, name, "release") == (409, "invalid_state")
+
+
+async def test_a_manual_escrow_has_no_session_key(db: str) -> None:
+    """API: what an escrow does not have is null wherever it is shown, in both dialects."""
+    async with market(db) as m:
+        name, session = await lock(m), (await m.open())["escrow_id"]
+        for base in ("/api", "/api/v1"):
+            url = f"{m.escrow.url}{base}/escrow"
+            shown = (await m.http.get(f"{url}/{name}", headers=m.buyer.headers)).json()
+            listed = (await m.http.get(url, headers=m.buyer.headers)).json()["items"]
+            found = {each["escrow_id"]: each for each in listed}
+            for each in (shown, found[name]):
+                assert each["session_key"] is each["journal"] is None
+            assert found[session]["session_key"] == SESSION_KEY
 
 
 async def test_fractions_of_a_unit_are_carried(db: str) -> None:

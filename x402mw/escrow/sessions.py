@@ -42,7 +42,7 @@ def describe(escrow: Escrow) -> dict[str, Any]:
         "returned": display(escrow.returned),
         "remaining": display(escrow.remaining),
         "fee": display(escrow.fee),
-        "session_key": escrow.session_key,
+        "session_key": escrow.session_key or None,
         "journal": escrow.journal,
         "memo": escrow.memo,
         "on_expiry": escrow.on_expiry,

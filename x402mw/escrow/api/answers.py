@@ -46,7 +46,10 @@ class Answer(BaseModel):
 
 
 class Escrow(Answer):
-    """An escrow. `remaining` is what it still holds: amount - released - refunded."""
+    """An escrow. `remaining` is what it still holds: amount - released - refunded.
+
+    A manual one has no `session_key` and no `journal`: they are null.
+    """
 
     escrow_id: EscrowId
     kind: Kind
@@ -62,7 +65,7 @@ class Escrow(Answer):
     returned: Money
     remaining: Money
     fee: Money
-    session_key: str
+    session_key: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{43}$")] | None
     journal: JournalId | None
     memo: str
     on_expiry: Literal["release", "refund"]
