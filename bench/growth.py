@@ -23,6 +23,8 @@ from collections.abc import Awaitable, Callable
 from fractions import Fraction
 from pathlib import Path
 
+from sqlalchemy.ext.asyncio import AsyncConnection
+
 from tests.support.escrow import ROOT_SEED
 from x402mw.core.amounts import Atomic
 from x402mw.escrow import agents, manual, manual_bodies, sessions
@@ -144,15 +146,17 @@ async def round_of(timed: Timed, size: str, place: tuple[Ledger, str, str]) -> N
 
     async def show(number: int) -> None:
         await ledger.refresh(buyer)
-        async with ledger.read() as connection:
+
+        async def look(connection: AsyncConnection) -> Answer:
             escrow = await sessions.as_party(connection, buyer, names[number])
-            await manual.show(connection, escrow)
+            return await manual.show(connection, escrow)
+
+        await ledger.read(look)
 
     async def page(_: int) -> None:
-        async with ledger.read() as connection:
-            await sessions.show_all(
-                connection, buyer, role=None, status=None, limit=PAGE, after=None
-            )
+        await ledger.read(
+            lambda db: sessions.show_all(db, buyer, role=None, status=None, limit=PAGE, after=None)
+        )
 
     async def finish(number: int) -> None:
         await perform(ledger, buyer, lambda tx: pay(tx, buyer, names[number], None))

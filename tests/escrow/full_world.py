@@ -9,6 +9,7 @@ from sqlalchemy import event, select
 
 from tests.escrow.agreement_steps import check
 from tests.escrow.test_machine import World
+from tests.support.escrow import reading
 from x402mw.core.amounts import Atomic, display
 from x402mw.escrow import agents, agreements, deadlines, disputes, manual, schema, sessions
 from x402mw.escrow import manual_bodies as bodies
@@ -49,14 +50,14 @@ class FullWorld(World):
 
     async def check_agreements(self) -> None:
         """The rows of every manual escrow are a state that the pure rules allow."""
-        async with self.ledger.read() as connection:
+        async with reading(self.ledger) as connection:
             query = select(schema.escrows).where(schema.escrows.c.kind == MANUAL)
             for escrow in await fetch_escrows(connection, query):
                 check(await agreements.load(connection, escrow))
 
     async def by_number(self) -> dict[str, Any]:
         """Also what became of parts, carries and disputes, and when each entry counted."""
-        async with self.ledger.read() as connection:
+        async with reading(self.ledger) as connection:
             history = [await _history(connection, name) for name in self.escrows]
         return {**await super().by_number(), "history": history}
 

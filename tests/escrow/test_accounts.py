@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.escrow.market import Market, code_of, market
 from tests.escrow.operators import make_agent, make_key, make_tenant
-from tests.support.escrow import Agent
+from tests.support.escrow import Agent, reading
 from x402mw.escrow.access import KEYS_MAX, SCOPES
 
 pytestmark = pytest.mark.anyio
@@ -229,7 +229,7 @@ async def test_no_lock_after_an_agent_was_revoked(db: str) -> None:
         codes = {answer.status_code for answer in answers}
         assert codes <= {200, 201, 401, 409}
         assert not await works(m, m.buyer)
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             kinds = await connection.exec_driver_sql("SELECT kind FROM entries ORDER BY seq")
             told = [kind for (kind,) in kinds]
         assert "lock" not in told[told.index("agent_revoked") :]
@@ -264,7 +264,7 @@ async def test_what_happens_to_accounts_is_entered(db: str) -> None:
         await make_tenant(m, "house-of-bots")
         await make_agent(m, "house-of-bots")
         query = "SELECT kind, actor, data FROM entries ORDER BY seq"
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             told = (await connection.exec_driver_sql(query)).all()
         mine = [row.kind for row in told if row.actor == m.buyer.agent_id]
         assert mine == ["key_created", "key_revoked", "key_rotated", "agent_revoked"]

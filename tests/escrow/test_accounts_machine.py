@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.escrow import ROOT_SEED, MovingClock
+from tests.support.escrow import ROOT_SEED, MovingClock, reading
 from x402mw.core.amounts import Atomic
 from x402mw.escrow import access, agents, banking, transfers
 from x402mw.escrow.account_bodies import NewTransfer
@@ -52,7 +52,7 @@ def operation(step: tuple[str, int, int, int], names: list[str]) -> Operation | 
 
 async def totals(ledger: Ledger) -> dict[str, int]:
     """The sum of the balances of each asset, and every balance by account."""
-    async with ledger.read() as connection:
+    async with reading(ledger) as connection:
         rows = await connection.exec_driver_sql("SELECT account, balance FROM accounts")
         return {row.account: row.balance for row in rows}
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.escrow.market import Market, code_of, market
 from tests.escrow.operators import furnish, make_agent
-from tests.support.escrow import RECEIPT_KEY, Agent
+from tests.support.escrow import RECEIPT_KEY, Agent, reading
 from x402mw.core.amounts import AMOUNT_MAX, display, to_atomic
 from x402mw.escrow import modes, referrals
 from x402mw.escrow.errors import Refused
@@ -178,7 +178,7 @@ async def test_test_money_trades_like_live_money(db: str) -> None:
         paid = await m.post(buyer, f"/escrow/{escrow['escrow_id']}/release", {"cumulative": "0.50"})
         assert paid.json()["status"] == "partially_released"
         assert (await m.balance(buyer), await m.balance(provider)) == ("99.50", "0.495")
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             fees = [
                 await balance_of(connection, modes.house(asset)) for asset in ("USDC", "USDC:test")
             ]
@@ -200,7 +200,7 @@ async def test_live_and_test_never_mix(db: str) -> None:
         body = {"agent_id": test.agent_id, "amount": "5.00", "reference": "t"}
         booked = await m.post(operator, "/operator/deposits", body)
         assert booked.json()["balance"] == "105.00"
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             worlds = [await balance_of(connection, modes.world(f"USDC{t}")) for t in ("", ":test")]
         assert worlds == [-to_atomic("100.00"), -to_atomic("10005.00")]
 

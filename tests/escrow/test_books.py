@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.escrow.conftest import DATABASES
 from tests.escrow.market import code_of, market
-from tests.support.escrow import ROOT_SEED, MovingClock
+from tests.support.escrow import ROOT_SEED, MovingClock, reading
 from tests.support.postgresql import database_name, fresh_database, shared_server
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
 from x402mw.core.errors import ConfigurationError
@@ -240,7 +240,7 @@ async def test_there_is_never_more_money_than_an_integer_holds(db: str) -> None:
         with pytest.raises(IntegrityError):
             async with ledger.write() as tx:
                 tx.post("fraud", [Transfer(HOUSE, FAUCET, Atomic(1))], "USDC")
-        async with ledger.read() as connection:
+        async with reading(ledger) as connection:
             assert await balance_of(connection, WORLD) == -AMOUNT_MAX
     finally:
         await ledger.close()

@@ -24,7 +24,7 @@ from sqlalchemy.exc import (
 import x402mw.escrow
 from tests.escrow.market import code_of, market
 from tests.support.crowd import open_crowd
-from tests.support.escrow import ROOT_SEED, MovingClock
+from tests.support.escrow import ROOT_SEED, MovingClock, reading
 from x402mw.core.amounts import AMOUNT_MAX, Atomic
 from x402mw.escrow import agents, database, deadlines, schema, sessions
 from x402mw.escrow.books import audit
@@ -49,7 +49,7 @@ async def ledger_at(url: str, clock: MovingClock | None = None) -> AsyncIterator
 
 async def rows_of(ledger: Ledger) -> dict[str, list[tuple[object, ...]]]:
     """Every row there is."""
-    async with ledger.read() as connection:
+    async with reading(ledger) as connection:
         tables = schema.metadata.sorted_tables
         return {
             table.name: sorted(map(tuple, await connection.execute(select(table))))
@@ -113,7 +113,7 @@ async def test_sums_are_whole_numbers_again(db: str) -> None:
     """Engines: PostgreSQL adds integers up to a Decimal; what we say of it is a whole number."""
     async with market(db) as m:
         assert (await m.post(m.buyer, "/faucet/claim")).json()["claimed"] == "1.00"
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             total = await connection.execute(select(func.sum(schema.faucet_claims.c.amount)))
             given = total.scalar_one()
         assert isinstance(given, Decimal if db.startswith("postgresql") else int)
@@ -143,7 +143,7 @@ async def test_sqlite_takes_the_lock_when_it_begins(tmp_path: Path) -> None:
             async with ledger._engine.begin():
                 with pytest.raises(sqlite3.OperationalError, match="locked"):
                     stranger.execute("BEGIN IMMEDIATE")
-            async with ledger.read() as connection:
+            async with reading(ledger) as connection:
                 await connection.execute(select(schema.service))
                 stranger.execute("BEGIN IMMEDIATE")
                 stranger.execute("ROLLBACK")
@@ -156,15 +156,15 @@ async def test_damage_while_serving_is_a_503(tmp_path: Path) -> None:
     """Failures: a file that breaks under a running service is unavailable. SQLite only."""
     async with market(tmp_path) as m:
         await m.open()
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         path = tmp_path / "escrow.db"
         good = path.read_bytes()
         path.write_bytes(good[:4096] + b"7" * (len(good) - 4096))
-        await m.escrow.ledger._engine.dispose()
+        m.escrow.ledger._readers._blocking.dispose()
         assert code_of(await m.get(m.buyer, "/agents/me")) == (503, "unavailable")
         path.write_bytes(good)
-        await m.escrow.ledger._engine.dispose()
+        m.escrow.ledger._readers._blocking.dispose()
         assert (await m.get(m.buyer, "/agents/me")).status_code == 200
 
 
@@ -181,7 +181,7 @@ async def test_two_hosts_whose_clocks_disagree(db: str) -> None:
             for clock, ledger in ((slow, one), (fast, other)):
                 clock.advance(50)
                 await ledger.sweep()
-        async with one.read() as connection:
+        async with reading(one) as connection:
             escrow = await find_escrow(connection, crowd.sessions[0])
     assert escrow is not None
     assert escrow.status == "refunded"
@@ -232,7 +232,7 @@ async def test_what_a_rule_changes_is_written(db: str) -> None:
             for path, body in (("topup", {"amount": "1"}), ("token", None), ("close", None)):
                 await m.post(m.buyer, f"/escrow/{name}/{path}", body)
             await m.redeem({"voucher": m.voucher(name, "1"), "amount": "1", "final": True})
-            async with m.escrow.ledger.read() as connection:
+            async with reading(m.escrow.ledger) as connection:
                 row = (await connection.execute(select(schema.escrows))).one()
     assert len(made) == 5
     assert dict(row._mapping) == made[-1]._asdict()

@@ -4,6 +4,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.escrow.market import JOURNAL, code_of, market
+from tests.support.escrow import reading
 from x402mw.escrow import deadlines, schema
 
 pytestmark = pytest.mark.anyio
@@ -55,7 +56,7 @@ async def test_deadlines_are_found_by_their_index(db: str, of: deadlines.Of) -> 
     """T2: looking for what is due never reads the sessions that have ended, however many."""
     query = deadlines.due_query(of, sessions=True)
     values = {"now": T0, "name": "ag_" + "0" * 32, "limit": 10}
-    async with market(db) as m, m.escrow.ledger.read() as connection:
+    async with market(db) as m, reading(m.escrow.ledger) as connection:
         compiled = query.compile(
             connection.sync_engine,
             compile_kwargs={"literal_binds": False, "render_postcompile": True},
@@ -82,7 +83,7 @@ async def test_a_late_deadline_is_stamped_with_its_own_time(db: str) -> None:
         await alive(m, 2500)
         await m.balance(m.buyer)
         entries = schema.entries
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             row = (
                 await connection.execute(select(entries).where(entries.c.kind == "deadline"))
             ).one()

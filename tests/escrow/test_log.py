@@ -17,7 +17,7 @@ from sqlalchemy import select
 from tests.escrow.conftest import DATABASES
 from tests.escrow.market import Market, market
 from tests.escrow.test_books import Stranger
-from tests.support.escrow import ROOT_SEED
+from tests.support.escrow import ROOT_SEED, reading
 from tests.support.postgresql import database_name, fresh_database
 from x402mw import cli
 from x402mw.core.checkpoints import Checkpoint, sign_checkpoint
@@ -36,7 +36,7 @@ ROOT_KEY = b64url_encode(public_key(ROOT_SEED))
 async def entries_of(m: Market) -> list[Any]:
     """All entries, oldest first."""
     entries = schema.entries
-    async with m.escrow.ledger.read() as connection:
+    async with reading(m.escrow.ledger) as connection:
         rows = await connection.execute(select(entries).order_by(entries.c.seq))
         return list(rows)
 
@@ -69,7 +69,7 @@ async def test_entries_of_one_escrow_are_linked(db: str) -> None:
         for name in names * 2:
             await m.post(m.buyer, f"/escrow/{name}/topup", {"amount": "1"})
         found = await entries_of(m)
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             escrows = schema.escrows.c
             rows = await connection.execute(select(escrows.escrow_id, escrows.last_entry))
             newest = dict(map(tuple, rows))
@@ -372,7 +372,7 @@ async def test_the_heartbeat_signs_what_is_new(db: str) -> None:
         await m.escrow.pass_time(100)
         await m.open()
         await m.escrow.pass_time(1200)
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             points = schema.checkpoints
             rows = (await connection.execute(select(points).order_by(points.c.seq))).all()
         assert [row.seq for row in rows] == [1, 2]

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import event, select
 
 from tests.escrow.market import JOURNAL, RECEIPT_KEY, SESSION_KEY
-from tests.support.escrow import ROOT_SEED, MovingClock, empty_books
+from tests.support.escrow import ROOT_SEED, MovingClock, empty_books, reading
 from tests.support.postgresql import shared_server
 from x402mw.core.amounts import USDC, Atomic
 from x402mw.escrow import agents, bodies, books, redemption, schema, sessions
@@ -87,7 +87,7 @@ class World:
 
     async def rows(self) -> dict[str, list[Any]]:
         """Every row of every table, except the liveness of the service and stored answers."""
-        async with self.ledger.read() as connection:
+        async with reading(self.ledger) as connection:
             tables = [t for t in schema.metadata.sorted_tables if t.name != "idempotency"]
             rows = {t.name: [tuple(r) for r in await connection.execute(select(t))] for t in tables}
             service = (await connection.execute(select(schema.service))).one()
@@ -97,7 +97,7 @@ class World:
     async def read(self) -> tuple[dict[str, int], list[Escrow]]:
         """All balances and escrows at this moment, once the whole books are proven."""
         accounts = schema.accounts.c
-        async with self.ledger.read() as connection:
+        async with reading(self.ledger) as connection:
             assert await books.check(connection) == []
             balances = await connection.execute(select(accounts.account, accounts.balance))
             return dict(map(tuple, balances)), await fetch_escrows(

@@ -33,6 +33,7 @@ from tests.escrow.full_world import (
     operations,
 )
 from tests.escrow.test_machine import PostgresqlTrade, Trade, amounts, picks
+from tests.support.escrow import reading
 from x402mw.core.amounts import USDC, Atomic, display
 from x402mw.escrow import disputes, manual, schema, transfers
 from x402mw.escrow.account_bodies import NewTransfer
@@ -223,7 +224,7 @@ class PostgresqlMarket(Market, PostgresqlTrade):
 async def check_actors(world: FullWorld) -> None:
     """What time did has no actor, whoever saw it first."""
     entries = schema.entries.c
-    async with world.ledger.read() as connection:
+    async with reading(world.ledger) as connection:
         query = select(entries.kind, entries.actor).where(entries.kind.in_(TIME_EVENTS))
         found = [tuple(row) for row in await connection.execute(query)]
     assert all(actor is None for kind, actor in found if kind != "deadline")

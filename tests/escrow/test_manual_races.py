@@ -9,7 +9,7 @@ from sqlalchemy import select
 from tests.escrow.market import Market, code_of, market
 from tests.escrow.operators import make_agent, make_key, make_tenant
 from tests.escrow.test_manual_api import done, lock, refused
-from tests.support.escrow import Agent
+from tests.support.escrow import Agent, reading
 from x402mw.core.amounts import to_atomic
 from x402mw.escrow import agents, disputes, schema
 
@@ -24,7 +24,7 @@ async def entries(m: Market, escrow_id: str) -> list[tuple[str, int, str | None]
     """Kind, second at which it counted, and actor of each entry about an escrow."""
     table = schema.entries.c
     query = select(table.kind, table.effective_at, table.actor).where(table.escrow_id == escrow_id)
-    async with m.escrow.ledger.read() as connection:
+    async with reading(m.escrow.ledger) as connection:
         return [(k, at, who) for k, at, who in await connection.execute(query.order_by(table.seq))]
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.escrow.market import Market, code_of, joined, market
-from tests.support.escrow import ROOT_SEED, EscrowProcess, MovingClock
+from tests.support.escrow import ROOT_SEED, EscrowProcess, MovingClock, reading
 from tests.support.postgresql import Server, database_name, shared_server, start_server
 from x402mw.escrow import agents, database, idempotency
 from x402mw.escrow.books import audit
@@ -201,7 +201,7 @@ async def test_a_serialization_failure_is_run_again(
             await ledger.perform(work, caller=None)
         except DBAPIError as error:
             assert database.is_unavailable(error)
-        async with ledger.read() as connection:
+        async with reading(ledger) as connection:
             count = await connection.exec_driver_sql("SELECT count(*) FROM agents")
             assert count.scalar_one() == (1 if attempts > failures else 0)
     assert len(made) == attempts

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.escrow.market import Market, code_of, joined, market
-from tests.support.escrow import MovingClock, escrow_process
+from tests.support.escrow import MovingClock, escrow_process, reading
 from tests.support.receiver import Delivery, Receiver, receiving
 from tests.support.serving import serving
 from x402mw.escrow import schema
@@ -383,7 +383,7 @@ async def test_what_is_no_target_is_refused_when_made(db: str, url: str) -> None
     async with market(db) as m:
         answer = await m.post(m.buyer, "/webhooks", {"url": url})
         assert code_of(answer) == (422, "invalid_request")
-        async with m.escrow.ledger.read() as connection:
+        async with reading(m.escrow.ledger) as connection:
             assert (await connection.execute(select(schema.webhooks))).first() is None
 
 

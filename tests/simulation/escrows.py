@@ -13,6 +13,7 @@ from tests.simulation.clocks import Clock
 from tests.simulation.loop import HERE, Killed, Process, SimLoop
 from tests.simulation.network import Network
 from tests.simulation.patches import empty_books
+from tests.support.escrow import reading
 from x402mw.core.amounts import Atomic
 from x402mw.core.strict import loads_object
 from x402mw.escrow import agents, books
@@ -119,7 +120,7 @@ class EscrowParty:
 
     async def check_books(self) -> list[str]:
         """The ledger's own proof of its books."""
-        async with self.ledger.read() as connection:
+        async with reading(self.ledger) as connection:
             return await books.check(connection)
 
 

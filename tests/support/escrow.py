@@ -7,19 +7,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.support.postgresql import database_name, shared_server
 from x402mw.core.amounts import to_atomic
 from x402mw.core.keys import public_key
 from x402mw.core.strict import b64url_encode
-from x402mw.escrow import agents
+from x402mw.escrow import agents, database
 from x402mw.escrow.app import create_app, say_farewell
 from x402mw.escrow.books import audit
 from x402mw.escrow.ledger import Ledger, open_ledger
@@ -51,6 +52,11 @@ class MovingClock:
     def advance(self, seconds: float) -> None:
         """Moves on. An escrow on this clock sees a jump over 60 s as an outage of its own."""
         self.now += seconds
+
+
+def reading(ledger: Ledger) -> AbstractAsyncContextManager[AsyncConnection]:
+    """A connection that sees one moment, for as long as a test looks around in it."""
+    return database.reading(ledger._engine)
 
 
 @cache

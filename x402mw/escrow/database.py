@@ -108,12 +108,16 @@ def _replace_closed(engine: Engine) -> None:
             raise DisconnectionError
 
 
-def open_blocking(engine: AsyncEngine) -> Engine | None:
-    """The same SQLite file for a thread that may block; None where asyncio speaks to a server."""
-    if engine.driver != "aiosqlite":
-        return None
+def may_block(engine: AsyncEngine) -> bool:
+    """Tells whether it opens a file, which threads can work on: asyncio speaks to a server."""
+    return engine.driver == "aiosqlite"
+
+
+def open_blocking(engine: AsyncEngine, connections: int, *, reading: bool) -> Engine:
+    """The same SQLite file for so many threads that block, to read it or to write to it."""
     url = engine.url.set(drivername="sqlite+pysqlite")
-    blocking = create_engine(url, pool_size=1, **_OPTIONS)
+    options = {"execution_options": _READING if reading else {}, "pool_size": connections}
+    blocking = create_engine(url, **(_OPTIONS | options))
     _prepare_sqlite(blocking)
     return blocking
 

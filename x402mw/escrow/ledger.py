@@ -26,13 +26,15 @@ from x402mw.escrow.keys import Signer
 from x402mw.escrow.rules.table import InvalidState, NotCovered
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.stats import Stats
-from x402mw.escrow.thread import WriterThread
+from x402mw.escrow.thread import Result, Threads, Work
 from x402mw.escrow.transactions import Transaction
 
 Clock = Callable[[], float]
 Operation = Callable[[Transaction], Awaitable[dict[str, Any]]]
 
 ATTEMPTS_MAX = 5
+READERS = 4
+"""How many may read a SQLite file at once."""
 
 
 class Ledger:
@@ -49,8 +51,8 @@ class Ledger:
         self.signer = Signer(settings)
         self.stats = Stats(self)
         self._engine = engine
-        blocking = database.open_blocking(engine)
-        self._thread = WriterThread(engine, blocking) if blocking else None
+        self._thread = _open_threads(engine, 1, reading=False)
+        self._readers = _open_threads(engine, READERS, reading=True)
         self._clock = clock
         self._serving = serving
         # Our own writers queue here in order, instead of polling for the database's lock.
@@ -62,11 +64,12 @@ class Ledger:
         """The whole second it is."""
         return int(self._clock())
 
-    @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A connection that only reads, and sees one moment."""
+    async def read(self, work: Work[Result]) -> Result:
+        """Does some work that only reads, and sees one moment; on SQLite all in one thread."""
+        if self._readers is not None:
+            return await self._readers.transact(work)
         async with database.reading(self._engine) as connection:
-            yield connection
+            return await work(connection)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Transaction]:
@@ -144,9 +147,11 @@ class Ledger:
         """Applies the deadlines of an agent before something of it is read."""
         query = deadlines.due_query(deadlines.Of.PARTY, sessions=True)
         values = {"now": self.now(), "name": caller, "limit": 1}
-        async with self.read() as connection:
-            due = (await connection.execute(query, values)).first()
-        if due is not None and self._serving:
+
+        async def look(connection: AsyncConnection) -> bool:
+            return (await connection.execute(query, values)).first() is not None
+
+        if self._serving and await self.read(look):
             async with self.write() as tx:
                 await deadlines.apply(tx, caller)
 
@@ -166,15 +171,26 @@ class Ledger:
 
     async def key_set(self) -> str:
         """The signed key set, fresh."""
-        async with self.read() as connection:
+
+        async def sign(connection: AsyncConnection) -> str:
             serial = (await connection.execute(select(schema.service.c.key_serial))).scalar_one()
             return await self.signer.key_set(connection, serial, self.now())
 
+        return await self.read(sign)
+
     async def close(self) -> None:
         """Lets go of the database."""
-        if self._thread is not None:
-            await self._thread.close()
+        for threads in (self._thread, self._readers):
+            if threads is not None:
+                await threads.close()
         await self._engine.dispose()
+
+
+def _open_threads(engine: AsyncEngine, count: int, *, reading: bool) -> Threads | None:
+    """Threads that block, where there is a file to work on."""
+    if not database.may_block(engine):
+        return None
+    return Threads(engine, database.open_blocking(engine, count, reading=reading), count)
 
 
 async def _answer(

@@ -6,8 +6,7 @@ state that followed. `docs/money.md` 4, `docs/escrow.md`.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 from anyio import CapacityLimiter, create_task_group
@@ -28,13 +27,15 @@ from x402mw.escrow.rules import session
 from x402mw.escrow.rules.table import Event, InvalidState
 from x402mw.escrow.rules.values import SESSION, Escrow, Phase
 from x402mw.escrow.sets import among
+from x402mw.escrow.thread import Work
 from x402mw.escrow.transactions import Transaction
 
 CHANGES_MAX = 1000
 CHUNK_ITEMS = 125
 CODES = "malformed wrong_network unknown_session signature voucher_required"
 """Of vouchers that do not count, beside `invalid_state`."""
-Reading = Callable[[], AbstractAsyncContextManager[AsyncConnection]]
+_SessionKeys = dict[str, bytes]
+Reading = Callable[[Work[_SessionKeys]], Awaitable[_SessionKeys]]
 _CORES = CapacityLimiter(os.cpu_count() or 1)
 
 
@@ -70,12 +71,11 @@ async def judge(
 ) -> list[Claim | BadItem]:
     """Checks every item that needs no lock: form, network, owner and signature, in order.
 
-    `read` opens a connection, which is given back before the long work begins.
+    `read` does what needs a connection, which is given back before the long work begins.
     """
     read_items = await run_sync(lambda: [_read(item, network_id) for item in items])
     wanted = {item.escrow_id for item in read_items if isinstance(item, _Item)}
-    async with read() as connection:
-        keys = await _session_keys(connection, caller, wanted)
+    keys = await read(lambda db: _session_keys(db, caller, wanted))
     verdicts: dict[int, list[Claim | BadItem]] = {}
 
     async def verify(start: int) -> None:
@@ -108,9 +108,7 @@ def _read(item: RedemptionItem, network_id: bytes) -> _Item | BadItem:
     return _Item(escrow_id, signed, item.amount, item.final)
 
 
-async def _session_keys(
-    connection: AsyncConnection, caller: str, wanted: set[str]
-) -> dict[str, bytes]:
+async def _session_keys(connection: AsyncConnection, caller: str, wanted: set[str]) -> _SessionKeys:
     """The session keys of those escrows that the caller is the provider of."""
     escrows = schema.escrows.c
     query = select(escrows.escrow_id, escrows.session_key).where(
@@ -122,7 +120,7 @@ async def _session_keys(
     return {escrow_id: b64url_decode(key, 32) for escrow_id, key in rows}
 
 
-def _verify(item: _Item | BadItem, keys: dict[str, bytes]) -> Claim | BadItem:
+def _verify(item: _Item | BadItem, keys: _SessionKeys) -> Claim | BadItem:
     if isinstance(item, BadItem):
         return item
     if item.escrow_id not in keys:

@@ -41,8 +41,10 @@ class Stats:
         """What anybody may know."""
         async with self._counting:
             if not self._counted or self._ledger.now() >= self._at + FRESH_SECONDS:
-                async with self._ledger.read() as connection:
-                    self._counted = await count(connection, self._ledger.settings)
+                settings = self._ledger.settings
+                self._counted = await self._ledger.read(
+                    lambda connection: count(connection, settings)
+                )
                 self._at = self._ledger.now()
             return {**_terms(self._ledger.settings), **self._counted, "counted_at": self._at}
 

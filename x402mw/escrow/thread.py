@@ -1,7 +1,7 @@
 """Whole transactions on SQLite in one thread, where each statement alone would be three waits.
 
-An operation awaits nothing but its connection. Given one that never waits, it runs to its end in
-whatever thread drives it, so that one transaction costs the event loop one hop.
+What writes or reads awaits nothing but its connection. Given one that never waits, it runs to its
+end in whatever thread drives it, so that one transaction costs the event loop one hop.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 Result = TypeVar("Result")
+Work = Callable[[AsyncConnection], Coroutine[Any, Any, Result]]
 
 
 class Direct(AsyncConnection):
@@ -29,30 +30,31 @@ class Direct(AsyncConnection):
         return self._proxied.exec_driver_sql(*given, **named)
 
 
-class WriterThread:
-    """The thread that runs transactions, one at a time, on a connection that it keeps."""
+class Threads:
+    """Threads that run transactions, one each at a time, on connections that are kept."""
 
-    def __init__(self, engine: AsyncEngine, blocking: Engine) -> None:
+    def __init__(self, engine: AsyncEngine, blocking: Engine, count: int) -> None:
+        """`blocking` keeps as many connections as there are threads, so that none waits for one."""
         self._engine = engine
         self._blocking = blocking
-        self._thread = ThreadPoolExecutor(1, "x402mw-escrow")
+        self._threads = ThreadPoolExecutor(count, "x402mw-escrow")
 
-    async def transact(
-        self, work: Callable[[AsyncConnection], Coroutine[Any, Any, Result]]
-    ) -> Result:
+    async def transact(self, work: Work[Result]) -> Result:
         """Begins, does the work, and commits or rolls back."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._transact, work)
+        return await loop.run_in_executor(self._threads, self._transact, work)
 
-    def _transact(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, Result]]) -> Result:
+    def _transact(self, work: Work[Result]) -> Result:
         with self._blocking.begin() as connection:
             return run_to_end(work(Direct(self._engine, connection)))
 
     async def close(self) -> None:
         """Ends what runs, and lets go of the file."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._blocking.dispose)
-        self._thread.shutdown()
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._threads.shutdown()
+        self._blocking.dispose()
 
 
 def run_to_end(coroutine: Coroutine[Any, Any, Result]) -> Result:

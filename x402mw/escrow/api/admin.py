@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -20,6 +21,7 @@ from x402mw.escrow.api.shared import (
     path_id,
 )
 from x402mw.escrow.errors import Refused
+from x402mw.escrow.rules.values import Escrow
 from x402mw.escrow.tenants import OPERATORS
 from x402mw.escrow.transactions import Transaction
 
@@ -27,24 +29,24 @@ from x402mw.escrow.transactions import Transaction
 async def list_agents(request: Request) -> Response:
     """GET /admin/agents."""
     query = find_query(request, AgentPage)
-    async with find_ledger(request).read() as connection:
-        page = await admin.show_agents(
-            connection, find_principal(request), limit=query.limit, after=query.after
-        )
+    principal = find_principal(request)
+    page = await find_ledger(request).read(
+        lambda db: admin.show_agents(db, principal, limit=query.limit, after=query.after)
+    )
     return JSONResponse(page)
 
 
 async def list_tenant_escrows(request: Request) -> Response:
     """GET /admin/escrow: those of one agent, so that a page costs the same for any tenant."""
     query, ledger = find_query(request, TenantEscrowPage), find_ledger(request)
-    agent_id = query.agent_id
-    async with ledger.read() as connection:
-        await admin.check_agent(connection, find_principal(request), agent_id)
+    principal, agent_id = find_principal(request), query.agent_id
+    await ledger.read(lambda db: admin.check_agent(db, principal, agent_id))
     await ledger.refresh(agent_id)
-    async with ledger.read() as connection:
-        page = await sessions.show_all(
-            connection, agent_id, role=None, status=None, limit=query.limit, after=query.after
+    page = await ledger.read(
+        lambda db: sessions.show_all(
+            db, agent_id, role=None, status=None, limit=query.limit, after=query.after
         )
+    )
     return JSONResponse(page)
 
 
@@ -52,12 +54,12 @@ async def show_tenant_escrow(request: Request) -> Response:
     """GET /admin/escrow/{id}."""
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     principal, ledger = find_principal(request), find_ledger(request)
-    async with ledger.read() as connection:
-        escrow = await admin.find_tenant_escrow(connection, principal, escrow_id)
-    await ledger.refresh(escrow.buyer)
-    async with ledger.read() as connection:
-        escrow = await admin.find_tenant_escrow(connection, principal, escrow_id)
-    return JSONResponse(sessions.describe(escrow))
+
+    async def find(connection: AsyncConnection) -> Escrow:
+        return await admin.find_tenant_escrow(connection, principal, escrow_id)
+
+    await ledger.refresh((await ledger.read(find)).buyer)
+    return JSONResponse(sessions.describe(await ledger.read(find)))
 
 
 async def revoke_agent(request: Request) -> Response:

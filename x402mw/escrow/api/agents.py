@@ -56,15 +56,14 @@ async def show_agent(request: Request) -> Response:
     """GET /agents/me."""
     caller, ledger = await find_caller(request), find_ledger(request)
     await ledger.refresh(caller)
-    async with ledger.read() as connection:
-        return JSONResponse(await agents.describe(connection, caller, ledger.now()))
+    return JSONResponse(await ledger.read(lambda db: agents.describe(db, caller, ledger.now())))
 
 
 async def show_handle(request: Request) -> Response:
     """GET /handles/{handle}: which agent of the caller's tenant is called so."""
     tenant = find_principal(request).tenant
-    async with find_ledger(request).read() as connection:
-        row = await find_by_handle(connection, tenant, request.path_params["handle"])
+    handle = request.path_params["handle"]
+    row = await find_ledger(request).read(lambda db: find_by_handle(db, tenant, handle))
     if row is None:
         raise not_found()
     return JSONResponse({"agent_id": row.agent_id, "handle": row.handle, "name": row.name})

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -46,15 +47,16 @@ async def list_escrows(request: Request) -> Response:
     if query.agent_id not in (None, caller):
         raise not_found()
     await ledger.refresh(caller)
-    async with ledger.read() as connection:
-        page = await sessions.show_all(
-            connection,
+    page = await ledger.read(
+        lambda db: sessions.show_all(
+            db,
             caller,
             role=query.role,
             status=query.status,
             limit=query.limit,
             after=query.after,
         )
+    )
     return respond(request, Answer(200, dumps(page).decode()))
 
 
@@ -63,10 +65,12 @@ async def show_escrow(request: Request) -> Response:
     caller, ledger = await find_caller(request), find_ledger(request)
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     await ledger.refresh(caller)
-    async with ledger.read() as connection:
+
+    async def show(connection: AsyncConnection) -> dict[str, Any]:
         escrow = await sessions.as_party(connection, caller, escrow_id)
-        shown = await manual.show(connection, escrow)
-    return respond(request, Answer(200, dumps(shown).decode()))
+        return await manual.show(connection, escrow)
+
+    return respond(request, Answer(200, dumps(await ledger.read(show)).decode()))
 
 
 async def renew_token(request: Request) -> Response:

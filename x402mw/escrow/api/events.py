@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
+from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -24,11 +25,12 @@ from x402mw.escrow.api.shared import (
     path_id,
 )
 from x402mw.escrow.bodies import Body, EscrowId, printable
+from x402mw.escrow.books import Entry
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.events.derive import PAUSE, RESUME, Told
 from x402mw.escrow.events.feed import Feed, Position, Reader
 from x402mw.escrow.events.log import describe, read_history
-from x402mw.escrow.rules.values import Phase
+from x402mw.escrow.rules.values import Escrow, Phase
 from x402mw.escrow.transactions import Transaction
 
 REASON_CHARACTERS_MAX = 200
@@ -76,10 +78,13 @@ async def show_history(request: Request) -> Response:
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     query = find_query(request, Page)
     await ledger.refresh(caller)
-    async with ledger.read() as connection:
+
+    async def look(connection: AsyncConnection) -> tuple[Escrow, list[Entry]]:
         escrow = await sessions.as_party(connection, caller, escrow_id)
         start = query.after or escrow.last_entry
-        found = await read_history(connection, escrow_id, start, query.limit)
+        return escrow, await read_history(connection, escrow_id, start, query.limit)
+
+    escrow, found = await ledger.read(look)
     items = [
         describe(entry, escrow.buyer, json.loads(entry.data) if entry.data else {})
         for entry in found
@@ -94,8 +99,8 @@ async def stream_events(request: Request) -> Response:
     feed: Feed = request.app.state.feed
     escrow_id = find_query(request, OfEscrow).escrow_id
     if escrow_id is not None:
-        async with find_ledger(request).read() as connection:
-            await sessions.as_party(connection, caller, escrow_id)
+        wanted = escrow_id
+        await find_ledger(request).read(lambda db: sessions.as_party(db, caller, wanted))
     feed.check_room(caller)
     since = _position(request, await feed.head())
 

@@ -18,8 +18,8 @@ from x402mw.escrow.transactions import Transaction
 async def list_keys(request: Request) -> Response:
     """GET /agents/me/keys."""
     ledger, caller = find_ledger(request), find_principal(request).agent_id
-    async with ledger.read() as connection:
-        return JSONResponse({"items": await access.show_keys(connection, caller, ledger.now())})
+    items = await ledger.read(lambda db: access.show_keys(db, caller, ledger.now()))
+    return JSONResponse({"items": items})
 
 
 async def create_key(request: Request) -> Response:

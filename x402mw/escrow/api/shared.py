@@ -57,8 +57,7 @@ async def authenticate(request: Request) -> Principal:
     header = request.headers.get("authorization", "")
     api_key = header[len(_BEARER) :].strip() if header[: len(_BEARER)].lower() == _BEARER else ""
     ledger = find_ledger(request)
-    async with ledger.read() as connection:
-        principal = await access.find_principal(connection, api_key, ledger.now())
+    principal = await ledger.read(lambda db: access.find_principal(db, api_key, ledger.now()))
     if principal is None:
         raise access.unauthorized()
     return principal

@@ -21,10 +21,11 @@ async def list_transfers(request: Request) -> Response:
     """GET /transfers."""
     caller = await find_caller(request)
     query = find_query(request, TransferPage)
-    async with find_ledger(request).read() as connection:
-        page = await transfers.show_all(
-            connection, caller, role=query.role, limit=query.limit, after=query.after
+    page = await find_ledger(request).read(
+        lambda db: transfers.show_all(
+            db, caller, role=query.role, limit=query.limit, after=query.after
         )
+    )
     return JSONResponse(page)
 
 
@@ -32,8 +33,8 @@ async def show_transfer(request: Request) -> Response:
     """GET /transfers/{id}."""
     caller = await find_caller(request)
     transfer_id = path_id(request, "transfer_id", transfers.TRANSFER)
-    async with find_ledger(request).read() as connection:
-        return JSONResponse(await transfers.show(connection, caller, transfer_id))
+    ledger = find_ledger(request)
+    return JSONResponse(await ledger.read(lambda db: transfers.show(db, caller, transfer_id)))
 
 
 ROUTES: Routes = (

@@ -61,8 +61,8 @@ async def create_webhook(request: Request) -> Response:
 async def list_webhooks(request: Request) -> Response:
     """GET /webhooks."""
     caller = await find_caller(request)
-    async with find_ledger(request).read() as connection:
-        return JSONResponse(await webhooks.show_all(connection, caller))
+    ledger = find_ledger(request)
+    return JSONResponse(await ledger.read(lambda db: webhooks.show_all(db, caller)))
 
 
 async def delete_webhook(request: Request) -> Response:
@@ -91,10 +91,9 @@ async def list_deliveries(request: Request) -> Response:
     webhook_id = path_id(request, "webhook_id", webhooks.WEBHOOK_ID)
     query = find_query(request, DeliveryPage)
     after = None if query.after is None else _event_number(query.after)
-    async with find_ledger(request).read() as connection:
-        page = await webhooks.show_deliveries(
-            connection, caller, webhook_id, limit=query.limit, after=after
-        )
+    page = await find_ledger(request).read(
+        lambda db: webhooks.show_deliveries(db, caller, webhook_id, limit=query.limit, after=after)
+    )
     return JSONResponse(page)
 
 

@@ -54,10 +54,9 @@ class Deliverer:
     async def _step(self, ear: Ear) -> bool:
         """One round; tells whether the log goes on at once."""
         now = self._ledger.now()
-        if not (self._done or self._running):
-            async with self._ledger.read() as connection:
-                if not await queue.has_work(connection, now):
-                    return False
+        idle = not (self._done or self._running)
+        if idle and not await self._ledger.read(lambda db: queue.has_work(db, now)):
+            return False
         async with self._ledger.write_aside() as connection:
             if not await queue.hold(connection, self._name, now):
                 return False

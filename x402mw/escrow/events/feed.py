@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.events.derive import Told
@@ -83,8 +84,7 @@ class Feed:
         if not self._live.is_set():
             self._at = await self.head()
             self._live.set()
-        async with self._ledger.read() as connection:
-            read = await read_events(connection, self._at)
+        read = await self._ledger.read(lambda db: read_events(db, self._at))
         for told in read.events:
             for agent_id in told.parties:
                 for reader in self._readers.get(agent_id, ()):
@@ -138,8 +138,7 @@ class Feed:
 
     async def head(self) -> int:
         """The number of the newest entry."""
-        async with self._ledger.read() as connection:
-            return await find_head(connection)
+        return await self._ledger.read(find_head)
 
     async def _catch_up(self, reader: Reader, position: Position) -> AsyncIterator[Told]:
         """What the log has after a position; from then on the feed keeps events."""
@@ -148,8 +147,7 @@ class Feed:
         reader.behind = False
         upto, target = position[0] - 1, self._at
         while upto < target and not self.ended:
-            async with self._ledger.read() as connection:
-                read = await read_events(connection, upto)
+            read = await self._ledger.read(partial(read_events, since=upto))
             for told in read.events:
                 if (told.seq, told.part) > position and reader.wants(told):
                     yield told
