@@ -113,7 +113,7 @@ async def test_a_unit_in_dispute_gains_no_time_to_reject(db: str) -> None:
         await done(m, m.buyer, name, "dispute", amount="0.000001", reason="a unit")
         m.escrow.clock.now += 50
         assert (await m.show(name))["status"] == "disputed"
-        assert await refused(m, m.buyer, name, "reject") == (409, "expired")
+        assert await refused(m, m.buyer, name, "reject") == (409, "review_over")
         assert await refused(m, m.buyer, name, "refund") == (409, "invalid_state")
         ended = await done(m, m.buyer, name, "dispute/withdraw")
         assert (ended["status"], ended["released"]) == ("released", "10.00")

@@ -164,7 +164,7 @@ async def reject(
     after = manual.reject(before, part.number)
     # A dispute over other money may keep a delivery waiting beyond the end of its review.
     if part.review_until is not None and tx.now >= part.review_until:
-        raise Refused(409, "expired", "reject is not possible after review_until")
+        raise Refused(409, "review_over", "reject is not possible after review_until")
     return await keep(tx, before, after, Event.REJECT, part=part.number, reason=wish.reason)
 
 

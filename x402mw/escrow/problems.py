@@ -95,6 +95,11 @@ PROBLEMS = {
     "expired": Problem(
         (409,), "its time is over", "open a new escrow; what is left ends as `on_expiry` says"
     ),
+    "review_over": Problem(
+        (409,),
+        "the time to answer this delivery is over",
+        "it is accepted, and paid when the dispute ends; say in the dispute what is wrong",
+    ),
     "not_covered": Problem(
         (409,),
         "more than may be moved in this way",

@@ -96,7 +96,7 @@ ROUTES: Routes = (
     on_escrow(
         *("reject", SPEND, bodies.Verdict, manual.reject),
         "Does not take a delivery; the provider may deliver again.",
-        f"expired {_PART}",
+        f"review_over {_PART}",
     ),
     on_escrow(
         *("condition", _EITHER, bodies.Outcome, manual.meet_condition),
