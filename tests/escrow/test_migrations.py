@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, MetaData, insert, select
+from sqlalchemy import Connection, MetaData, insert, inspect, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.escrow.market import Market, client_of
@@ -116,3 +116,22 @@ async def test_accounts_keep_their_guards(old_db: str) -> None:
     with pytest.raises(Exception, match="append-only"):
         async with opened(old_db) as connection:
             await connection.exec_driver_sql("DELETE FROM postings")
+
+
+async def test_old_escrows_are_in_the_indexes_by_state(old_db: str) -> None:
+    """Cost: 0007 indexes what goes on of the old books, and lists find it there."""
+    async with running_escrow(old_db) as escrow, client_of(escrow.url) as http:
+        buyer, provider = (Agent("", OLD["keys"][name]) for name in ("buyer", "provider"))
+        m = Market(escrow, http, buyer, provider)
+        whole = (await m.get(buyer, "/escrow")).json()["items"]
+        states = {item["status"] for item in whole}
+        assert OLD["keys"]["open"] in {item["escrow_id"] for item in whole}
+        for status in states:
+            for agent in (buyer, provider):
+                found = (await m.get(agent, "/escrow", status=status)).json()
+                assert found["items"] == [item for item in whole if item["status"] == status]
+    async with opened(old_db) as connection:
+        found = await connection.run_sync(lambda sync: inspect(sync).get_indexes("escrows"))
+    made = {index["name"]: index["column_names"] for index in found}
+    for party in ("buyer", "provider"):
+        assert made[f"escrows_{party}_live"] == [party, "opened"]

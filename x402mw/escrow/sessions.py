@@ -5,10 +5,11 @@ escrow as its parties see it. `docs/money.md` 4 to 6; the API is in `docs/escrow
 """
 
 import secrets
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core import ids
@@ -21,8 +22,11 @@ from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import fetch_escrows, find_escrow
 from x402mw.escrow.rules import session
 from x402mw.escrow.rules.table import Event
-from x402mw.escrow.rules.values import OPEN_STATUSES, SESSION, Escrow
+from x402mw.escrow.rules.values import LIVE_STATUSES, OPEN_STATUSES, SESSION, Escrow
 from x402mw.escrow.transactions import Transaction
+
+LOOKED_AT_MAX = 2000
+"""How many escrows one page looks at to find those in a state."""
 
 
 def describe(escrow: Escrow) -> dict[str, Any]:
@@ -175,7 +179,8 @@ async def _revoke_all(tx: Transaction, buyer: str, actor: str) -> int:
     """Vouchers that were signed before stay redeemable, so it costs no honest provider."""
     escrows = schema.escrows.c
     query = select(schema.escrows).where(
-        escrows.buyer == buyer, escrows.kind == SESSION, escrows.status.in_(OPEN_STATUSES)
+        *(escrows.buyer == buyer, escrows.due_at.is_not(None)),
+        *(escrows.kind == SESSION, escrows.status.in_(OPEN_STATUSES)),
     )
     found = await fetch_escrows(tx.connection, query)
     for before in found:
@@ -222,20 +227,40 @@ async def show_all(
     limit: int,
     after: int | None,
 ) -> dict[str, Any]:
-    """A page of the caller's escrows, newest first; `next` is the `after` of the next page."""
+    """A page of the caller's escrows, newest first; `next` is the `after` of the next page.
+
+    With a `status` a page ends after so many escrows that were looked at, found or not.
+    """
     escrows = schema.escrows.c
-    query = select(schema.escrows)
-    if status is not None:
-        query = query.where(escrows.status == status)
-    if after is not None:
-        query = query.where(escrows.opened < after)
-    query = query.order_by(escrows.opened.desc()).limit(limit + 1)
+    looked_at = [] if after is None else [escrows.opened < after]
+    if status in LIVE_STATUSES:
+        # What has ended is in no index of these.
+        looked_at.append(escrows.due_at.is_not(None))
     parties = {"buyer": escrows.buyer == caller, "provider": escrows.provider == caller}
+    mine = [[parties[name], *looked_at] for name in ((role,) if role else parties)]
+    last = None if status is None else await _find_last(connection, mine)
+    query = select(schema.escrows).order_by(escrows.opened.desc()).limit(limit + 1)
+    if status is not None:
+        query = query.where(escrows.status == status, escrows.opened >= (last or 0))
     found: list[Escrow] = []
     # One by one, as each has an index that is in order: together they would sort all there are.
-    for name in (role,) if role else parties:
-        found += await fetch_escrows(connection, query.where(parties[name]))
+    for conditions in mine:
+        found += await fetch_escrows(connection, query.where(*conditions))
     found = sorted(found, key=attrgetter("opened"), reverse=True)[: limit + 1]
     page = found[:limit]
-    more = str(page[-1].opened) if len(found) > limit else None
-    return {"items": [describe(escrow) for escrow in page], "next": more}
+    more = page[-1].opened if len(found) > limit else last
+    items = [describe(escrow) for escrow in page]
+    return {"items": items, "next": None if more is None else str(more)}
+
+
+async def _find_last(
+    connection: AsyncConnection, mine: Sequence[Sequence[ColumnElement[bool]]]
+) -> int | None:
+    """Which escrow is the last that a page looks at; None if it looks at all."""
+    opened = schema.escrows.c.opened
+    nth = select(opened).order_by(opened.desc()).limit(1).offset(LOOKED_AT_MAX - 1)
+    found = [
+        (await connection.execute(nth.where(*conditions))).scalar_one_or_none()
+        for conditions in mine
+    ]
+    return max((last for last in found if last is not None), default=None)

@@ -42,7 +42,8 @@ first guides: `amount_usdc`, `balance_usdc`, `released_usdc`, `refunded_usdc`, `
 `recipient`, `description`. In bodies `amount_usdc`, `provider`, `recipient` and `description` are
 understood under both.
 
-Lists have pages: `next` is the `after` of the following one, null on the last.
+Lists have pages: `next` is the `after` of the following one, null on the last. A page of escrows in
+one `status` may be short, or empty, and not be the last.
 
 Send an `Idempotency-Key` with whatever moves money. After a lost answer or a 5xx, send the same
 request with the same key again: it happens once, and the first answer is repeated. Keys are kept
