@@ -145,13 +145,12 @@ async def round_of(timed: Timed, size: str, place: tuple[Ledger, str, str]) -> N
         await perform(ledger, buyer, lambda tx: pay(tx, buyer, names[number], 1_000_000))
 
     async def show(number: int) -> None:
-        await ledger.refresh(buyer)
 
         async def look(connection: AsyncConnection) -> Answer:
             escrow = await sessions.as_party(connection, buyer, names[number])
             return await manual.show(connection, escrow)
 
-        await ledger.read(look)
+        await ledger.read_of(buyer, look)
 
     async def page(_: int) -> None:
         await ledger.read(

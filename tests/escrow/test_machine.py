@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from typing import Any
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sqlalchemy import event, select
+from sqlalchemy import Table, TextClause, event, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.escrow.market import JOURNAL, RECEIPT_KEY, SESSION_KEY
 from tests.support.escrow import ROOT_SEED, MovingClock, empty_books, reading
-from tests.support.postgresql import shared_server
+from tests.support.postgresql import fresh_database
 from x402mw.core.amounts import USDC, Atomic
 from x402mw.escrow import agents, bodies, books, redemption, schema, sessions
+from x402mw.escrow.events.log import find_head
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.redemption import BadItem, Claim
@@ -85,14 +88,13 @@ class World:
         async with self.ledger.write():
             pass
 
-    async def rows(self) -> dict[str, list[Any]]:
+    async def look(self, agent: str) -> None:
+        """An agent reads something, which applies its deadlines."""
+        await self.ledger.read_of(agent, find_head)
+
+    async def rows(self) -> list[str]:
         """Every row of every table, except the liveness of the service and stored answers."""
-        async with reading(self.ledger) as connection:
-            tables = [t for t in schema.metadata.sorted_tables if t.name != "idempotency"]
-            rows = {t.name: [tuple(r) for r in await connection.execute(select(t))] for t in tables}
-            service = (await connection.execute(select(schema.service))).one()
-        rows["service"] = [service.entry_seq, service.entry_hash, service.change_seq]
-        return rows
+        return sorted(await self.ledger.read(_read_everything))
 
     async def read(self) -> tuple[dict[str, int], list[Escrow]]:
         """All balances and escrows at this moment, once the whole books are proven."""
@@ -118,6 +120,25 @@ class World:
             "house": balances[HOUSE],
             "escrows": [outcome(states[name]) for name in self.escrows],
         }
+
+
+async def _read_everything(connection: AsyncConnection) -> list[str]:
+    """All rows as text, in one statement: a server would be asked thirty times."""
+    return list((await connection.execute(_everything(connection.dialect.name))).scalars())
+
+
+@cache
+def _everything(dialect: str) -> TextClause:
+    def row(table: Table) -> str:
+        if table is schema.service:
+            return "entry_seq || '/' || entry_hash || '/' || change_seq"
+        if dialect == "postgresql":
+            return f"CAST({table.name} AS text)"
+        return " || '/' || ".join(f"quote({column})" for column in table.columns)
+
+    tables = [table for table in schema.metadata.sorted_tables if table.name != "idempotency"]
+    parts = [f"SELECT '{table.name} ' || {row(table)} FROM {table.name}" for table in tables]
+    return text(" UNION ALL ".join(parts))
 
 
 def outcome(escrow: Escrow) -> tuple[Any, ...]:
@@ -177,7 +198,7 @@ class Trade(RuleBasedStateMachine):
     ) -> Answer:
         agent = getattr(world, party)[caller]
         # What falls due is applied first, so that all that is left to see is the operation itself.
-        await world.ledger.refresh(agent)
+        await world.look(agent)
         before = await world.rows()
         answer = await world.ledger.perform(work(world), caller=agent, key=key)
         if answer.status != 200:
@@ -292,7 +313,7 @@ class Trade(RuleBasedStateMachine):
         caller, party, work, key = self.done[number % len(self.done)]
         for world in self.worlds:
             agent = getattr(world, party)[caller]
-            self.run(world.ledger.refresh(agent))
+            self.run(world.look(agent))
             before = self.run(world.rows())
             answer = self.run(world.ledger.perform(work(world), caller=agent, key=key))
             assert answer.replayed
@@ -356,13 +377,16 @@ class Trade(RuleBasedStateMachine):
 class PostgresqlTrade(Trade):
     """The same on PostgreSQL."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.databases = ExitStack()
+
     def new_database(self, name: str) -> str:
-        return shared_server().new_database(empty_books())
+        return self.databases.enter_context(fresh_database(empty_books()))
 
     def remove_databases(self) -> None:
         super().remove_databases()
-        for world in getattr(self, "worlds", ()):
-            shared_server().drop_database(world.url)
+        self.databases.close()
 
 
 LONG = bool(os.environ.get("X402MW_LONG"))

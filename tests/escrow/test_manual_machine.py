@@ -109,7 +109,7 @@ class Market(Trade):
 
     async def _crash(self, world: Any, agent: str, work: Any, key: Key) -> None:
         """I13: after a crash in the middle the books are as if nothing had been asked."""
-        await world.ledger.refresh(agent)
+        await world.look(agent)
         before, names = await world.rows(), list(world.escrows)
         with world.crash_at(self.crash or 1):
             await world.ledger.perform(work(world), caller=agent, key=key)

@@ -56,7 +56,7 @@ def _works_at(now: Any) -> Any:
     return _KEYS.revoked_at.is_(None) & or_(_KEYS.expires_at.is_(None), _KEYS.expires_at > now)
 
 
-# Made once: this is asked for every request.
+# Made once: to build a statement costs more than to run it.
 _BY_HASH = (
     select(
         *(_KEYS.agent_id, schema.agents.c.tenant, schema.tenants.c.mode),
@@ -65,6 +65,13 @@ _BY_HASH = (
     .join(schema.agents, schema.agents.c.agent_id == _KEYS.agent_id)
     .join(schema.tenants, schema.tenants.c.tenant == schema.agents.c.tenant)
     .where(_KEYS.key_hash == bindparam("hash"), _works_at(bindparam("now")))
+)
+
+
+_WORKING = (
+    select(schema.api_keys)
+    .where(_KEYS.agent_id == bindparam("agent_id"), _works_at(bindparam("now")))
+    .order_by(_KEYS.created_at.desc(), _KEYS.key_id)
 )
 
 
@@ -91,9 +98,8 @@ def describe(row: Any) -> dict[str, Any]:
 
 async def show_keys(connection: AsyncConnection, agent_id: str, now: int) -> list[dict[str, Any]]:
     """An agent's keys that work, newest first."""
-    query = select(schema.api_keys).where(_KEYS.agent_id == agent_id, _works_at(now))
-    query = query.order_by(_KEYS.created_at.desc(), _KEYS.key_id)
-    return [describe(row) for row in await connection.execute(query)]
+    rows = await connection.execute(_WORKING, {"agent_id": agent_id, "now": now})
+    return [describe(row) for row in rows]
 
 
 # Making keys.

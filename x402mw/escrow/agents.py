@@ -4,7 +4,7 @@ import ipaddress
 import secrets
 from typing import Any
 
-from sqlalchemy import Row, func, literal, select, update
+from sqlalchemy import Row, bindparam, func, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core import ids
@@ -67,11 +67,15 @@ WITH_BALANCES = ALL.add_columns(schema.accounts.c.balance).join(
 )
 """And what they have."""
 
+# Made once: to build a statement costs more than to run it.
+_ONE = ALL.where(schema.agents.c.agent_id == bindparam("agent_id"))
+_ITSELF = WITH_BALANCES.where(schema.agents.c.agent_id == bindparam("agent_id"))
+_BOTH = ALL.where(schema.agents.c.agent_id.in_([bindparam("payer"), bindparam("payee")]))
+
 
 async def find(connection: AsyncConnection, agent_id: str) -> Row[Any] | None:
     """The row of an agent with its mode, or None."""
-    query = ALL.where(schema.agents.c.agent_id == agent_id)
-    return (await connection.execute(query)).one_or_none()
+    return (await connection.execute(_ONE, {"agent_id": agent_id})).one_or_none()
 
 
 async def meet(tx: Transaction, payer: str, payee: str) -> str:
@@ -79,8 +83,8 @@ async def meet(tx: Transaction, payer: str, payee: str) -> str:
 
     An agent of the other mode does not exist here. Who is revoked neither pays nor is paid.
     """
-    query = ALL.where(schema.agents.c.agent_id.in_([payer, payee]))
-    found = {row.agent_id: row for row in await tx.connection.execute(query)}
+    rows = await tx.connection.execute(_BOTH, {"payer": payer, "payee": payee})
+    found = {row.agent_id: row for row in rows}
     one, other = found.get(payer), found.get(payee)
     if one is None or other is None or one.mode != other.mode:
         raise Refused(404, "unknown_agent", "there is no agent to_agent_id")
@@ -91,8 +95,7 @@ async def meet(tx: Transaction, payer: str, payee: str) -> str:
 
 async def describe(connection: AsyncConnection, agent_id: str, now: int) -> dict[str, Any]:
     """An agent's own view of itself: what it has, and its keys without their secrets."""
-    query = WITH_BALANCES.where(schema.agents.c.agent_id == agent_id)
-    row = (await connection.execute(query)).one()
+    row = (await connection.execute(_ITSELF, {"agent_id": agent_id})).one()
     return {**summarize(row), "keys": await access.show_keys(connection, agent_id, now)}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from sqlalchemy import bindparam, func, select, tuple_, update
+from sqlalchemy import Row, bindparam, func, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import Atomic, display
@@ -27,8 +27,9 @@ _DECIDED = {
 
 # Made once: to build a statement costs more than to run it.
 _ROW = select(schema.agreements).where(schema.agreements.c.escrow_id == bindparam("name"))
-_PARTS = (
-    select(schema.parts)
+_WITH_PARTS = (
+    select(schema.parts, schema.agreements.c.carry, schema.agreements.c.review_seconds)
+    .join(schema.agreements, schema.agreements.c.escrow_id == schema.parts.c.escrow_id)
     .where(schema.parts.c.escrow_id == bindparam("name"))
     .order_by(schema.parts.c.number)
 )
@@ -37,12 +38,13 @@ _PARTS = (
 async def load(connection: AsyncConnection, escrow: Escrow) -> Agreement:
     """The whole agreement of a manual escrow."""
     name = escrow.escrow_id
-    row = await find_row(connection, name)
+    # Each agreement has a part at least.
+    rows = (await connection.execute(_WITH_PARTS, {"name": name})).all()
     return Agreement(
         escrow=escrow,
-        parts=await _load_parts(connection, name),
-        carry=Fraction(row.carry),
-        review_seconds=row.review_seconds,
+        parts=tuple(map(_part, rows)),
+        carry=Fraction(rows[0].carry),
+        review_seconds=rows[0].review_seconds,
         dispute=await _load_dispute(connection, name) if escrow.disputed else None,
     )
 
@@ -52,18 +54,14 @@ async def find_row(connection: AsyncConnection, escrow_id: str) -> Any:
     return (await connection.execute(_ROW, {"name": escrow_id})).one()
 
 
-async def _load_parts(connection: AsyncConnection, escrow_id: str) -> tuple[Part, ...]:
-    rows = (await connection.execute(_PARTS, {"name": escrow_id})).all()
-    return tuple(
-        Part(
-            number=row.number,
-            name=row.name,
-            amount=Atomic(row.amount),
-            state=PartState(row.state),
-            proof=row.proof,
-            review_until=row.review_until,
-        )
-        for row in rows
+def _part(row: Row[Any]) -> Part:
+    return Part(
+        number=row.number,
+        name=row.name,
+        amount=Atomic(row.amount),
+        state=PartState(row.state),
+        proof=row.proof,
+        review_until=row.review_until,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from nacl.encoding import URLSafeBase64Encoder
 from nacl.secret import SecretBox
-from sqlalchemy import delete, select
+from sqlalchemy import bindparam, delete, select
 
 from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused
@@ -24,6 +24,14 @@ KEPT_SECONDS = 7 * 24 * 60 * 60
 RETRY_AFTER_SECONDS = 1
 _SEALED = "sealed:"
 """What a sealed answer begins with; others are JSON objects."""
+
+_KEPT = schema.idempotency.c
+# Made once: to build a statement costs more than to run it.
+_ONE = select(schema.idempotency).where(
+    _KEPT.principal == bindparam("principal"),
+    _KEPT.route == bindparam("route"),
+    _KEPT.key == bindparam("key"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +75,8 @@ def running() -> Refused:
 
 async def find(tx: Transaction, key: Key) -> Answer | None:
     """Returns the stored answer, or refuses a key that was used for another body."""
-    table = schema.idempotency
-    query = select(table).where(
-        table.c.principal == key.principal, table.c.route == key.route, table.c.key == key.key
-    )
-    row = (await tx.connection.execute(query)).one_or_none()
+    values = {"principal": key.principal, "route": key.route, "key": key.key}
+    row = (await tx.connection.execute(_ONE, values)).one_or_none()
     if row is None:
         return None
     if row.body_hash != key.body_hash:

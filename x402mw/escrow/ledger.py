@@ -143,17 +143,21 @@ class Ledger:
         finally:
             self._running -= {key}
 
-    async def refresh(self, caller: str) -> None:
-        """Applies the deadlines of an agent before something of it is read."""
+    async def read_of(self, agent: str, work: Work[Result]) -> Result:
+        """Reads something of an agent, once its deadlines are applied; usually none is due."""
         query = deadlines.due_query(deadlines.Of.PARTY, sessions=True)
-        values = {"now": self.now(), "name": caller, "limit": 1}
+        values = {"now": self.now(), "name": agent, "limit": 1}
 
-        async def look(connection: AsyncConnection) -> bool:
-            return (await connection.execute(query, values)).first() is not None
+        async def look(connection: AsyncConnection) -> tuple[bool, Result]:
+            due = (await connection.execute(query, values)).first() is not None
+            return due, await work(connection)
 
-        if self._serving and await self.read(look):
-            async with self.write() as tx:
-                await deadlines.apply(tx, caller)
+        due, found = await self.read(look)
+        if not (due and self._serving):
+            return found
+        async with self.write() as tx:
+            await deadlines.apply(tx, agent)
+        return await self.read(work)
 
     async def sweep(self) -> None:
         """What the background task does: heartbeat, deadlines of everyone, old answers."""

@@ -66,7 +66,7 @@ async def create(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> 
     await agents.check_funds(tx, buyer, wish.amount)
     locked = manual.top_up(empty, wish.amount)
     escrow = await agreements.create(tx, empty, locked, _write_condition(wish.condition))
-    return await show(tx.connection, escrow)
+    return await show(tx.connection, escrow, locked._replace(escrow=escrow))
 
 
 async def _check_payees(tx: Transaction, buyer: str, wish: manual_bodies.NewManual) -> list[str]:

@@ -7,7 +7,7 @@ with, and a code gives its holder nothing but income.
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core import ids
@@ -16,6 +16,13 @@ from x402mw.escrow.errors import Refused
 from x402mw.escrow.transactions import Transaction
 
 _AGENTS = schema.agents.c
+
+# Made once: to build a statement costs more than to run it.
+_BOTH = (
+    select(_AGENTS.agent_id, _AGENTS.tenant, _AGENTS.referrer, schema.tenants.c.mode)
+    .join(schema.tenants, schema.tenants.c.tenant == _AGENTS.tenant)
+    .where(_AGENTS.agent_id.in_([bindparam("buyer"), bindparam("provider")]))
+)
 
 
 async def find_by_handle(connection: AsyncConnection, tenant: str, handle: str) -> Any:
@@ -46,10 +53,7 @@ async def referrer_of(
     An explicit code, else the buyer's referrer, else the provider's (X21). Who has a share of the
     revenue is a party too.
     """
-    query = select(
-        *(_AGENTS.agent_id, _AGENTS.tenant, _AGENTS.referrer, schema.tenants.c.mode)
-    ).join(schema.tenants, schema.tenants.c.tenant == _AGENTS.tenant)
-    rows = await tx.connection.execute(query.where(_AGENTS.agent_id.in_([buyer, provider])))
+    rows = await tx.connection.execute(_BOTH, {"buyer": buyer, "provider": provider})
     parties = {row.agent_id: row for row in rows}
     if code is not None:
         referrer = await find(tx, code, parties[buyer].tenant, parties[buyer].mode)

@@ -11,6 +11,7 @@ from x402mw.escrow.rules.values import Escrow
 
 # Made once: to build a statement costs more than to run it.
 _ONE = select(schema.escrows).where(schema.escrows.c.escrow_id == bindparam("wanted"))
+_BALANCE = select(schema.accounts.c.balance).where(schema.accounts.c.account == bindparam("wanted"))
 
 
 async def fetch_escrows(
@@ -31,6 +32,4 @@ async def find_escrow(connection: AsyncConnection, escrow_id: str) -> Escrow | N
 
 async def balance_of(connection: AsyncConnection, account: str) -> int:
     """The stored balance of an account that exists, in atomic units."""
-    accounts = schema.accounts.c
-    query = select(accounts.balance).where(accounts.account == account)
-    return int((await connection.execute(query)).scalar_one())
+    return int((await connection.execute(_BALANCE, {"wanted": account})).scalar_one())

@@ -9,10 +9,11 @@ operation therefore leaves no row different (I10).
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from operator import attrgetter, itemgetter
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import Insert, Table, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
@@ -73,6 +74,12 @@ _BALANCE = Shape(Do.ADD, schema.accounts, ("balance", "account"))
 _ESCROW = Shape(Do.UPDATE, schema.escrows, (*CHANGING, "escrow_id"))
 _PAID_ESCROW = Shape(Do.UPDATE, schema.escrows, (*PAYING, "escrow_id"))
 _SERVICE = Shape(Do.UPDATE, schema.service, (*_HEADS, "id"))
+
+
+@cache
+def _insert(table: Table) -> Insert:
+    """Made once: to build a statement costs more than to run it."""
+    return insert(table)
 
 
 class Transaction:
@@ -217,10 +224,10 @@ class Transaction:
         """Makes an empty account."""
         await write(self.connection, Set(_NEW_ACCOUNT, [(account, asset, 0)]))
 
-    async def insert(self, table: Any, *rows: dict[str, Any]) -> None:
+    async def insert(self, table: Table, *rows: dict[str, Any]) -> None:
         """Writes new rows now; only after everything that might refuse was decided."""
         if rows:
-            await self.connection.execute(insert(table), list(rows))
+            await self.connection.execute(_insert(table), list(rows))
 
     # Writing.
 

@@ -40,14 +40,14 @@ async def list_tenant_escrows(request: Request) -> Response:
     """GET /admin/escrow: those of one agent, so that a page costs the same for any tenant."""
     query, ledger = find_query(request, TenantEscrowPage), find_ledger(request)
     principal, agent_id = find_principal(request), query.agent_id
-    await ledger.read(lambda db: admin.check_agent(db, principal, agent_id))
-    await ledger.refresh(agent_id)
-    page = await ledger.read(
-        lambda db: sessions.show_all(
-            db, agent_id, role=None, status=None, limit=query.limit, after=query.after
+
+    async def show(connection: AsyncConnection) -> dict[str, Any]:
+        await admin.check_agent(connection, principal, agent_id)
+        return await sessions.show_all(
+            connection, agent_id, role=None, status=None, limit=query.limit, after=query.after
         )
-    )
-    return JSONResponse(page)
+
+    return JSONResponse(await ledger.read_of(agent_id, show))
 
 
 async def show_tenant_escrow(request: Request) -> Response:
@@ -58,8 +58,8 @@ async def show_tenant_escrow(request: Request) -> Response:
     async def find(connection: AsyncConnection) -> Escrow:
         return await admin.find_tenant_escrow(connection, principal, escrow_id)
 
-    await ledger.refresh((await ledger.read(find)).buyer)
-    return JSONResponse(sessions.describe(await ledger.read(find)))
+    buyer = (await ledger.read(find)).buyer
+    return JSONResponse(sessions.describe(await ledger.read_of(buyer, find)))
 
 
 async def revoke_agent(request: Request) -> Response:

@@ -55,8 +55,8 @@ async def _find_tenant(request: Request, body: NewAgent) -> str:
 async def show_agent(request: Request) -> Response:
     """GET /agents/me."""
     caller, ledger = await find_caller(request), find_ledger(request)
-    await ledger.refresh(caller)
-    return JSONResponse(await ledger.read(lambda db: agents.describe(db, caller, ledger.now())))
+    shown = await ledger.read_of(caller, lambda db: agents.describe(db, caller, ledger.now()))
+    return JSONResponse(shown)
 
 
 async def show_handle(request: Request) -> Response:

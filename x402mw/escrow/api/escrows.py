@@ -46,8 +46,8 @@ async def list_escrows(request: Request) -> Response:
     query = find_query(request, EscrowPage)
     if query.agent_id not in (None, caller):
         raise not_found()
-    await ledger.refresh(caller)
-    page = await ledger.read(
+    page = await ledger.read_of(
+        caller,
         lambda db: sessions.show_all(
             db,
             caller,
@@ -55,7 +55,7 @@ async def list_escrows(request: Request) -> Response:
             status=query.status,
             limit=query.limit,
             after=query.after,
-        )
+        ),
     )
     return respond(request, Answer(200, dumps(page).decode()))
 
@@ -64,13 +64,12 @@ async def show_escrow(request: Request) -> Response:
     """GET /escrow/{id}."""
     caller, ledger = await find_caller(request), find_ledger(request)
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
-    await ledger.refresh(caller)
 
     async def show(connection: AsyncConnection) -> dict[str, Any]:
         escrow = await sessions.as_party(connection, caller, escrow_id)
         return await manual.show(connection, escrow)
 
-    return respond(request, Answer(200, dumps(await ledger.read(show)).decode()))
+    return respond(request, Answer(200, dumps(await ledger.read_of(caller, show)).decode()))
 
 
 async def renew_token(request: Request) -> Response:

@@ -77,14 +77,13 @@ async def show_history(request: Request) -> Response:
     caller, ledger = await find_caller(request), find_ledger(request)
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     query = find_query(request, Page)
-    await ledger.refresh(caller)
 
     async def look(connection: AsyncConnection) -> tuple[Escrow, list[Entry]]:
         escrow = await sessions.as_party(connection, caller, escrow_id)
         start = query.after or escrow.last_entry
         return escrow, await read_history(connection, escrow_id, start, query.limit)
 
-    escrow, found = await ledger.read(look)
+    escrow, found = await ledger.read_of(caller, look)
     items = [
         describe(entry, escrow.buyer, json.loads(entry.data) if entry.data else {})
         for entry in found

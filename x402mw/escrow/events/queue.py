@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, delete, func, select, update
+from sqlalchemy import Row, bindparam, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
@@ -29,6 +29,9 @@ _COLUMNS = (
     *("webhook_id", "escrow_id", "event", "state", "seq", "part", "attempts", "changed_at"),
     *("next_at", "outcome", "body", "created_at"),
 )
+# Made once: to build a statement costs more than to run it.
+_SINCE, _CURSOR = select(func.min(_HOOKS.c.since)), select(_ONE.c.cursor)
+_DUE = select(_SENT.c.seq).where(_SENT.c.next_at <= bindparam("now")).limit(1)
 _NEW = Shape(Do.INSERT, _SENT, _COLUMNS)
 
 
@@ -56,14 +59,13 @@ async def let_go(connection: AsyncConnection, holder: str) -> None:
 
 async def has_work(connection: AsyncConnection, now: int) -> bool:
     """Tells whether there is anything to make or to send."""
-    since = (await connection.execute(select(func.min(_HOOKS.c.since)))).scalar_one()
+    since = (await connection.execute(_SINCE)).scalar_one()
     if since is None:
         return False
-    cursor = (await connection.execute(select(_ONE.c.cursor))).scalar_one()
+    cursor = (await connection.execute(_CURSOR)).scalar_one()
     if max(since, cursor) < await find_head(connection):
         return True
-    due = select(_SENT.c.seq).where(_SENT.c.next_at <= now).limit(1)
-    return (await connection.execute(due)).first() is not None
+    return (await connection.execute(_DUE, {"now": now})).first() is not None
 
 
 async def fill(connection: AsyncConnection, now: int) -> bool:
@@ -71,7 +73,7 @@ async def fill(connection: AsyncConnection, now: int) -> bool:
     hooks = (await connection.execute(select(_HOOKS))).all()
     if not hooks:
         return False
-    cursor = (await connection.execute(select(_ONE.c.cursor))).scalar_one()
+    cursor = (await connection.execute(_CURSOR)).scalar_one()
     start = max(cursor, min(row.since for row in hooks))
     events, upto = await read_events(connection, start)
     by_agent = defaultdict[str, list[Row[Any]]](list)
