@@ -72,6 +72,22 @@ def _add_bookings(escrow: typer.Typer, work: Work) -> None:
         """Book money that you paid out to an agent."""
         typer.echo(f"{agent} has {_book(work, db, 'withdrawal', agent, amount, reference)}")
 
+    @escrow.command("withdraw-fees")
+    def withdraw_fees(
+        amount: Money,
+        reference: Annotated[
+            str, typer.Option(help="The bank's name for this line; it is never booked twice.")
+        ],
+        db: Database = DATABASE,
+    ) -> None:
+        """Book fees that you paid out to yourself."""
+        from x402mw.escrow import banking
+        from x402mw.escrow.transactions import OPERATOR
+
+        units = to_atomic(amount)
+        answer = work(db, lambda tx: banking.book_fees(tx, OPERATOR, units, reference))
+        typer.echo(f"fees left: {answer['balance']}")
+
 
 def _book(work: Work, db: str, kind: str, agent: str, amount: str, reference: str | None) -> str:
     from x402mw.escrow import agents, banking

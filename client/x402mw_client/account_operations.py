@@ -193,6 +193,12 @@ def book_withdrawal(
     return _book("withdrawals", agent_id, amount, reference, key)
 
 
+def book_fees(amount: Money, reference: str, *, key: str | None = None) -> Operation[Booking]:
+    """Books fees that the operator paid out to itself; the answer's `balance` is what is left."""
+    body = {"amount": write_whole(amount), "reference": reference}
+    return move(Booking, "/operator/fees", body, key)
+
+
 def _book(
     what: str, agent_id: str, amount: Money, reference: str, key: str | None
 ) -> Operation[Booking]:

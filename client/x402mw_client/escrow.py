@@ -132,6 +132,7 @@ class _Methods:
     revoke_agent = Method(accounts.revoke_agent)
     book_deposit = Method(accounts.book_deposit)
     book_withdrawal = Method(accounts.book_withdrawal)
+    book_fees = Method(accounts.book_fees)
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self.url = check_secure(httpx.URL(url.rstrip("/")))

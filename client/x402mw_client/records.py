@@ -171,11 +171,11 @@ class Transfer(Answer):
 
 
 class Booking(Answer):
-    """One line of the operator's bank, and what the agent has now."""
+    """One line of the operator's bank; `balance` is what the agent has now, or fees come to."""
 
     reference: str
     kind: str
-    agent_id: str
+    agent_id: str | None = None
     amount: Amount
     balance: Amount
     created_at: int

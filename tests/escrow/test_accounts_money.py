@@ -1,15 +1,17 @@
 """Money outside of escrows: transfers, the operator's bookings, test money, referrers, figures."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from tests.escrow.market import Market, code_of, market
 from tests.escrow.operators import furnish, make_agent
 from tests.support.escrow import RECEIPT_KEY, Agent, reading
 from x402mw.core.amounts import AMOUNT_MAX, display, to_atomic
-from x402mw.escrow import modes, referrals
+from x402mw.escrow import modes, referrals, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.rows import balance_of
 from x402mw.escrow.stats import coarse
@@ -155,6 +157,46 @@ async def test_only_the_operator_books(db: str) -> None:
         assert code_of(answer) == (404, "unknown_agent")
         too_much = await booked(m, operator, "deposits", display(AMOUNT_MAX), "y")
         assert code_of(too_much) == (409, "amount_out_of_range")
+
+
+async def test_the_operator_books_its_fees_out(db: str) -> None:
+    """Accounts: fees go to the world exactly, each line once, never more than there are; proven."""
+    async with market(db) as m:
+        operator = await make_agent(m, "operator", "admin")
+        name = (await m.open("10.00"))["escrow_id"]
+        item = {"voucher": m.voucher(name, "10.00"), "amount": "10.00", "final": True}
+        assert (await m.redeem(item))[0]["released"] == "10.00"
+
+        async def take(amount: str, reference: str) -> Any:
+            body = {"amount": amount, "reference": reference}
+            return await m.post(operator, "/operator/fees", body)
+
+        too_much = await take("0.100001", "f1")
+        assert code_of(too_much) == (409, "not_covered")
+        assert too_much.json()["available"] == "0.10"
+        answers = await asyncio.gather(*(take("0.06", f"f{number}") for number in range(4)))
+        assert sorted(answer.status_code for answer in answers) == [201] + [409] * 3
+        (taken,) = [answer.json() for answer in answers if answer.status_code == 201]
+        assert (taken["kind"], taken["agent_id"], taken["balance"]) == ("fees", None, "0.04")
+        again = await asyncio.gather(*(take("0.01", taken["reference"]) for _ in range(3)))
+        assert {code_of(answer) for answer in again} == {(409, "reference_taken")}
+        assert code_of(await booked(m, operator, "deposits", "1", taken["reference"]))[0] == 409
+        assert (await take("0.04", "rest")).json()["balance"] == "0.00"
+        assert code_of(await take("0", "none"))[0] == 422
+        for agent, code in (
+            (m.buyer, "scope"),
+            ((await furnish(m, "theirs")).admin, "not_the_operator"),
+        ):
+            body = {"amount": "0.01", "reference": "y"}
+            assert code_of(await m.post(agent, "/operator/fees", body)) == (403, code)
+        async with reading(m.escrow.ledger) as connection:
+            held = [await balance_of(connection, name) for name in ("house:fees", "world")]
+            entries = schema.entries.c
+            query = select(entries.actor, entries.data).where(entries.kind == "fees")
+            said = (await connection.execute(query.order_by(entries.seq))).all()
+        assert held == [0, -to_atomic("149.90")]
+        assert [row.actor for row in said] == [operator.agent_id] * 2
+        assert [json.loads(row.data)["reference"] for row in said] == [taken["reference"], "rest"]
 
 
 # Test money.

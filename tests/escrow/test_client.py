@@ -422,6 +422,7 @@ async def test_admins_and_operators(stage: Any) -> None:
             assert (
                 await bank.book_withdrawal(member.agent_id, "1.00", "line 2")
             ).balance == 8_000_000
+            assert await refused(bank.book_fees("1.00", "line 3")) == "not_covered"
         admin = await make_agent(s.m, tenant, "admin")
         async with s.as_agent(member) as bot, s.as_agent(admin) as boss:
             job = await bot.lock(s.to, "2.00")

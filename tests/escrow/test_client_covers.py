@@ -37,6 +37,7 @@ ALL: list[Operation[Any]] = [
     *(accounts.list_transfers(), accounts.list_agents(), accounts.list_agent_escrows(AGENT)),
     *(accounts.agent_escrow_status(E), accounts.revoke_agent(AGENT)),
     *(accounts.book_deposit("x", ONE, "r"), accounts.book_withdrawal("x", ONE, "r")),
+    accounts.book_fees(ONE, "r"),
     *(events.list_history(E), events.pause(E), events.resume(E), events.list_webhooks()),
     *(events.create_webhook("x"), events.delete_webhook(HOOK), events.rotate_webhook(HOOK)),
     *(events.list_deliveries(HOOK), events.redeliver(HOOK, "1"), EventStream(E, "1").operation),

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.escrow.market import Market, client_of
 from tests.support.escrow import Agent, running_escrow
-from x402mw.escrow import database
+from x402mw.escrow import database, schema
 from x402mw.escrow.books import audit
 
 pytestmark = pytest.mark.anyio
@@ -135,3 +135,25 @@ async def test_old_escrows_are_in_the_indexes_by_state(old_db: str) -> None:
     made = {index["name"]: index["column_names"] for index in found}
     for party in ("buyer", "provider"):
         assert made[f"escrows_{party}_live"] == [party, "opened"]
+
+
+async def test_old_bookings_are_kept_beside_those_of_fees(old_db: str) -> None:
+    """Accounts: 0008 keeps every line of the bank; only a line of fees is of no agent."""
+    agent = OLD["tables"]["agents"][0]["agent_id"]
+    line = {"agent_id": agent, "amount": 5, "created_at": 1, "operator": "operator"}
+    lines = [
+        {**line, "reference": "in", "kind": "deposit"},
+        {**line, "reference": "out", "kind": "withdrawal"},
+    ]
+    async with opened(old_db) as connection:
+        await connection.run_sync(lambda sync: database.upgrade(sync, "0007"))
+        await connection.execute(insert(schema.bookings), lines)
+        await database.migrate(connection)
+        assert (await connection.run_sync(_read))["bookings"] == lines
+        fees = {**line, "reference": "fees", "kind": "fees", "agent_id": None}
+        await connection.execute(insert(schema.bookings), fees)
+    for wrong in ({"agent_id": None}, {"kind": "fees"}, {"kind": "gift"}, {"amount": 0}):
+        row = {**lines[0], "reference": "wrong", **wrong}
+        with pytest.raises(Exception, match=r"(?i)check"):
+            async with opened(old_db) as connection:
+                await connection.execute(insert(schema.bookings), row)

@@ -277,5 +277,7 @@ def test_an_operator_runs_accounts_from_the_command_line(
     assert run(f"withdraw {agent} 5.00") == f"{agent} has 20.00\n"
     words = f"escrow withdraw {agent} 20.01 --db good.db".split()
     assert "does not suffice" in refusal(words, monkeypatch, capsys)
+    words = ["escrow", "withdraw-fees", "0.01", "--reference", "line-2", "--db", "good.db"]
+    assert "the fees come to 0.00" in refusal(words, monkeypatch, capsys)
     assert "is revoked" in run(f"agent revoke {agent}")
     assert "the books balance" in run("check")

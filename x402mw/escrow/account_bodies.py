@@ -68,3 +68,10 @@ class NewBooking(Body):
     agent_id: AgentId
     amount: PositiveAmount
     reference: Name
+
+
+class NewFees(Body):
+    """`POST /operator/fees`: a line of the bank about the operator's own money."""
+
+    amount: PositiveAmount
+    reference: Name

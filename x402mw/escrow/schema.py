@@ -51,8 +51,16 @@ api_keys = _table(
 )
 """A key is dead once it has a `revoked_at`, whatever the clock says, or when `expires_at` came."""
 
-bookings = _table("bookings", text="reference kind agent_id operator", numbers="amount created_at")
-"""What the operator booked for the world outside: one row for each line of a bank."""
+bookings = _table(
+    "bookings",
+    text="reference kind agent_id operator",
+    numbers="amount created_at",
+    nullable="agent_id",
+)
+"""What the operator booked for the world outside: one row for each line of a bank.
+
+Only its own fees are of no agent.
+"""
 
 transfers = _table(
     "transfers",

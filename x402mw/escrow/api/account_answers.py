@@ -175,11 +175,11 @@ class Journal(Answer):
 
 
 class Booking(Answer):
-    """One line of a bank, booked."""
+    """One line of a bank, booked; `balance` is what the agent has now, or the fees come to."""
 
     reference: str
-    kind: Literal["deposit", "withdrawal"]
-    agent_id: AgentId
+    kind: Literal["deposit", "withdrawal", "fees"]
+    agent_id: AgentId | None
     amount: Money
     balance: Money
     created_at: Seconds

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from x402mw.core import ids
 from x402mw.escrow import admin, banking, bodies, sessions
 from x402mw.escrow.access import ADMIN
-from x402mw.escrow.account_bodies import NewBooking
+from x402mw.escrow.account_bodies import NewBooking, NewFees
 from x402mw.escrow.api import account_answers, answers
 from x402mw.escrow.api.queries import AgentPage, TenantEscrowPage
 from x402mw.escrow.api.routes import Route, Routes
@@ -82,9 +82,23 @@ async def book_withdrawal(request: Request) -> Response:
     return await _book(request, banking.WITHDRAWAL)
 
 
-async def _book(request: Request, kind: str) -> Response:
+async def book_fees(request: Request) -> Response:
+    """POST /operator/fees."""
+    _check_operator(request)
+
+    async def book(tx: Transaction, caller: str, body: NewFees) -> dict[str, Any]:
+        return await banking.book_fees(tx, caller, body.amount, body.reference)
+
+    return await change(request, NewFees, book, status=201)
+
+
+def _check_operator(request: Request) -> None:
     if find_principal(request).tenant != OPERATORS:
         raise Refused(403, "not_the_operator", "only the operator of this escrow may do that")
+
+
+async def _book(request: Request, kind: str) -> Response:
+    _check_operator(request)
 
     async def book(tx: Transaction, caller: str, body: NewBooking) -> dict[str, Any]:
         return await banking.book(
@@ -136,5 +150,13 @@ ROUTES: Routes = (
         NewBooking,
         status=201,
         refusals=f"{_BOOKING} insufficient_funds",
+    ),
+    Route(
+        *("POST", "/operator/fees", ADMIN, book_fees),
+        "Books fees that the operator paid out to itself.",
+        account_answers.Booking,
+        NewFees,
+        status=201,
+        refusals="not_the_operator reference_taken not_covered",
     ),
 )
