@@ -43,7 +43,8 @@ async def many_finished(db: str) -> AsyncIterator[Market]:
     async with market(db) as m:
         await close(m, model := (await m.open())["escrow_id"])
         query = select(table).where(table.c.escrow_id == model)
-        async with m.escrow.ledger.write_aside() as connection:
+
+        async def fill(connection: AsyncConnection) -> None:
             row = (await connection.execute(query)).one()._asdict()
             rows = [
                 {**row, "escrow_id": f"esc_{i:032x}", "opened": NEWEST + i, "change": NEWEST + i}
@@ -52,9 +53,11 @@ async def many_finished(db: str) -> AsyncIterator[Market]:
             await connection.execute(insert(table), rows)
             if connection.dialect.name == "postgresql":
                 await connection.exec_driver_sql("ANALYZE escrows")
+
+        await m.escrow.ledger.write_aside(fill)
         yield m
-        async with m.escrow.ledger.write_aside() as connection:
-            await connection.execute(delete(table).where(table.c.opened >= NEWEST))
+        made = delete(table).where(table.c.opened >= NEWEST)
+        await m.escrow.ledger.write_aside(lambda db: db.execute(made))
 
 
 async def plans(connection: AsyncConnection, caller: str, status: str) -> list[str]:

@@ -200,8 +200,8 @@ async def test_two_secrets_while_one_is_replaced(db: str) -> None:
         now = m.escrow.clock()
         for secret in (new, hook["secret"], [new, hook["secret"]]):
             assert verify(secret, delivery.headers, delivery.body, now).type == "locked"
-        async with m.escrow.ledger.write_aside() as connection:
-            await connection.execute(schema.webhooks.update().values(old_until=int(now)))
+        ended = schema.webhooks.update().values(old_until=int(now))
+        await m.escrow.ledger.write_aside(lambda db: db.execute(ended))
         await m.open()
         later = (await receiver.wait_for(2))[1]
         assert verify(new, later.headers, later.body, now).type == "locked"

@@ -6,7 +6,6 @@ runs it again when the database asks for that. Readers see a moment of their own
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -82,12 +81,13 @@ class Ledger:
             yield tx
         self.news.tell()
 
-    @asynccontextmanager
-    async def write_aside(self) -> AsyncIterator[AsyncConnection]:
-        """A writing transaction that touches no money, so on PostgreSQL it waits for no other."""
-        alone = self._writer if self._thread is not None else contextlib.nullcontext()
-        async with alone, self._engine.begin() as connection:
-            yield connection
+    async def write_aside(self, work: Work[Result]) -> Result:
+        """Does some work that touches no money, so on PostgreSQL it waits for no other writer."""
+        if self._thread is not None:
+            async with self._writer:
+                return await self._thread.transact(work)
+        async with self._engine.begin() as connection:
+            return await work(connection)
 
     @asynccontextmanager
     async def _transaction(self, connection: AsyncConnection) -> AsyncIterator[Transaction]:

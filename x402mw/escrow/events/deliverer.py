@@ -12,6 +12,7 @@ import secrets
 from typing import Any
 
 from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow.events import queue
 from x402mw.escrow.events.derive import write_id
@@ -21,6 +22,7 @@ from x402mw.escrow.events.queue import Done
 from x402mw.escrow.ledger import Ledger
 
 PRUNE_SECONDS = 3600
+GATHER_SECONDS = 0.02
 _log = logging.getLogger("x402mw.escrow")
 _Key = tuple[str, int, int]
 
@@ -48,8 +50,14 @@ class Deliverer:
                         more = False
                     if not more:
                         await ear.wait()
+                        await self._gather()
             finally:
                 await self._stop()
+
+    async def _gather(self) -> None:
+        """Lets commits that follow each other closely be looked at together."""
+        if not (self._done or self._running):
+            await asyncio.sleep(GATHER_SECONDS)
 
     async def _step(self, ear: Ear) -> bool:
         """One round; tells whether the log goes on at once."""
@@ -57,18 +65,15 @@ class Deliverer:
         idle = not (self._done or self._running)
         if idle and not await self._ledger.read(lambda db: queue.has_work(db, now)):
             return False
-        async with self._ledger.write_aside() as connection:
-            if not await queue.hold(connection, self._name, now):
-                return False
-            done, self._done = self._done, []
-            try:
-                await queue.settle(connection, done, now)
-                more = await queue.fill(connection, now)
-                due = await queue.find_due(connection, now)
-                await self._prune(now, connection)
-            except BaseException:
+        done, self._done, found = self._done, [], None
+        try:
+            found = await self._ledger.write_aside(lambda db: self._turn(db, done, now))
+        finally:
+            if found is None:
                 self._done = done + self._done
-                raise
+        if found is None:
+            return False
+        more, due = found
         for noted in done:
             self._running.pop(_key(noted.row), None)
         for row in due:
@@ -76,10 +81,19 @@ class Deliverer:
                 self._running[_key(row)] = asyncio.create_task(self._deliver(row, ear))
         return more
 
-    async def _prune(self, now: int, connection: Any) -> None:
+    async def _turn(
+        self, connection: AsyncConnection, done: list[Done], now: int
+    ) -> tuple[bool, list[Row[Any]]] | None:
+        """Whether the log goes on, and what is due; None if it is another process's turn."""
+        if not await queue.hold(connection, self._name, now):
+            return None
+        await queue.settle(connection, done, now)
+        more = await queue.fill(connection, now)
+        due = await queue.find_due(connection, now)
         if now - self._pruned >= PRUNE_SECONDS:
             await queue.prune(connection, now)
             self._pruned = now
+        return more, due
 
     async def _deliver(self, row: Row[Any], ear: Ear) -> None:
         headers = self._sign(row)
@@ -118,9 +132,11 @@ class Deliverer:
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
         await self._poster.close()
-        async with self._ledger.write_aside() as connection:
-            await queue.settle(connection, self._done, self._ledger.now())
-            await queue.let_go(connection, self._name)
+        await self._ledger.write_aside(self._let_go)
+
+    async def _let_go(self, connection: AsyncConnection) -> None:
+        await queue.settle(connection, self._done, self._ledger.now())
+        await queue.let_go(connection, self._name)
 
 
 def _key(row: Row[Any]) -> _Key:
