@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from sqlalchemy import event, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.escrow.agreement_steps import check
 from tests.escrow.test_machine import World
@@ -14,6 +15,7 @@ from x402mw.core.amounts import Atomic, display
 from x402mw.escrow import agents, agreements, deadlines, disputes, manual, schema, sessions
 from x402mw.escrow import manual_bodies as bodies
 from x402mw.escrow.rows import fetch_escrows, find_escrow
+from x402mw.escrow.rules.agreement import Agreement
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import MANUAL
 from x402mw.escrow.transactions import Transaction
@@ -50,10 +52,14 @@ class FullWorld(World):
 
     async def check_agreements(self) -> None:
         """The rows of every manual escrow are a state that the pure rules allow."""
-        async with reading(self.ledger) as connection:
+
+        async def load(connection: AsyncConnection) -> list[Agreement]:
             query = select(schema.escrows).where(schema.escrows.c.kind == MANUAL)
-            for escrow in await fetch_escrows(connection, query):
-                check(await agreements.load(connection, escrow))
+            escrows = await fetch_escrows(connection, query)
+            return [await agreements.load(connection, escrow) for escrow in escrows]
+
+        for agreement in await self.ledger.read(load):
+            check(agreement)
 
     async def by_number(self) -> dict[str, Any]:
         """Also what became of parts, carries and disputes, and when each entry counted."""

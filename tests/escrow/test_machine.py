@@ -23,7 +23,7 @@ from sqlalchemy import Table, TextClause, event, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.escrow.market import JOURNAL, RECEIPT_KEY, SESSION_KEY
-from tests.support.escrow import ROOT_SEED, MovingClock, empty_books, reading
+from tests.support.escrow import ROOT_SEED, MovingClock, empty_books
 from tests.support.postgresql import fresh_database
 from x402mw.core.amounts import USDC, Atomic
 from x402mw.escrow import agents, bodies, books, redemption, schema, sessions
@@ -98,13 +98,7 @@ class World:
 
     async def read(self) -> tuple[dict[str, int], list[Escrow]]:
         """All balances and escrows at this moment, once the whole books are proven."""
-        accounts = schema.accounts.c
-        async with reading(self.ledger) as connection:
-            assert await books.check(connection) == []
-            balances = await connection.execute(select(accounts.account, accounts.balance))
-            return dict(map(tuple, balances)), await fetch_escrows(
-                connection, select(schema.escrows)
-            )
+        return await self.ledger.read(_read_proven)
 
     @property
     def agents(self) -> list[str]:
@@ -120,6 +114,13 @@ class World:
             "house": balances[HOUSE],
             "escrows": [outcome(states[name]) for name in self.escrows],
         }
+
+
+async def _read_proven(connection: AsyncConnection) -> tuple[dict[str, int], list[Escrow]]:
+    assert await books.check(connection) == []
+    accounts = schema.accounts.c
+    balances = await connection.execute(select(accounts.account, accounts.balance))
+    return dict(map(tuple, balances)), await fetch_escrows(connection, select(schema.escrows))
 
 
 async def _read_everything(connection: AsyncConnection) -> list[str]:

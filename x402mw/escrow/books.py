@@ -10,9 +10,11 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import Select, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import AMOUNT_MAX
@@ -127,19 +129,25 @@ async def check(connection: AsyncConnection) -> list[str]:
 
 
 async def read_entries(connection: AsyncConnection, since: int = 0) -> AsyncIterator[Chained]:
-    """Every entry after `since`, in order."""
+    """Every entry after `since`, in order, read in pages: a row at a time is many waits."""
+    while rows := (await connection.execute(_PAGE, {"since": since})).all():
+        for _, lines in groupby(rows, key=_SEQ):
+            yield _chained(list(lines))
+        since = rows[-1].seq
+
+
+def _page() -> Select[Any]:
+    """Whole entries after one, a thousand at most."""
     entries, postings = schema.entries, schema.postings
+    after = select(entries.c.seq).where(entries.c.seq > bindparam("since"))
+    page = after.order_by(entries.c.seq).limit(1000).subquery()
+    rows = page.join(entries, entries.c.seq == page.c.seq)
+    rows = rows.outerjoin(postings, postings.c.seq == entries.c.seq)
     query = select(entries, postings.c.source, postings.c.target, postings.c.amount)
-    query = query.select_from(entries.outerjoin(postings, postings.c.seq == entries.c.seq))
-    query = query.where(entries.c.seq > since).order_by(entries.c.seq, postings.c.line)
-    lines: list[Any] = []
-    async for row in await connection.stream(query):
-        if lines and lines[0].seq != row.seq:
-            yield _chained(lines)
-            lines = []
-        lines.append(row)
-    if lines:
-        yield _chained(lines)
+    return query.select_from(rows).order_by(entries.c.seq, postings.c.line)
+
+
+_PAGE, _SEQ = _page(), attrgetter("seq")
 
 
 def _chained(lines: Sequence[Any]) -> Chained:
