@@ -162,9 +162,26 @@ def test_the_page_shows_every_operation_and_problem() -> None:
     for methods in DOCUMENT["paths"].values():
         for operation in methods.values():
             assert f'id="{operation["operationId"]}"' in text
-    assert text.count("curl -X") == len(SERVICE) + len(ROUTES)
+    forms = sum(len(described(members(route.body))) or 1 for route in (*SERVICE, *ROUTES))
+    assert text.count("curl -X") == forms
     for code in PROBLEMS:
         assert f'id="problem-{code}"' in text
+
+
+def described(models: Any) -> list[Any]:
+    """Those models that have a field at all."""
+    return [model for model in models if model is not None and model.model_fields]
+
+
+def test_every_link_of_the_page_leads_somewhere() -> None:
+    """Contract: anchors are there, once each; every object that an answer is made of is shown."""
+    text = page.write(DOCUMENT)
+    anchors = re.findall(r' id="([^"]+)"', text)
+    assert len(anchors) == len(set(anchors))
+    assert set(re.findall(r'href="#([^"]+)"', text)) <= set(anchors)
+    shown = set(re.findall(r"<code>(\w+)</code>", text))
+    for name, model in DOCUMENT["components"]["schemas"].items():
+        assert name == "Problem" or shown >= model["properties"].keys()
 
 
 def test_examples_are_what_the_operations_take() -> None:

@@ -64,7 +64,7 @@ def build(service: Iterable[Route], routes: Iterable[Route]) -> Schema:
     )
     paths: dict[str, Any] = {}
     for route in service:
-        _add(paths, route)["servers"] = [{"url": "/"}]
+        _add(paths, route).update({"servers": [{"url": "/"}], "tags": ["service"]})
     for route in routes:
         _add(paths, route)
     return {
@@ -158,7 +158,8 @@ def _parameters(route: Route) -> list[Schema]:
     if is_keyed(route):
         key = {"type": "string", "minLength": 1, "maxLength": KEY_CHARACTERS_MAX}
         key["pattern"] = "^[ -~]+$"
-        found.append({"name": "Idempotency-Key", "in": "header", "schema": key})
+        header = {"name": "Idempotency-Key", "in": "header", "schema": key}
+        found.append({**header, "description": "A fresh one for whatever is to happen once more."})
     return found
 
 

@@ -13,37 +13,82 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; --link: light-dark(#06c, #7bf) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h2 { margin-top: 3rem } h3 { margin: 2.5rem 0 .3rem; font-family: ui-monospace, monospace }
+h2 { margin-top: 3.5rem; padding-top: .7rem; border-top: 2px solid var(--line) }
+h3 { margin: 2.5rem 0 .3rem } h3, code, pre { font-family: ui-monospace, monospace }
 h3, td, code { overflow-wrap: anywhere } a { color: var(--link) }
-pre { background: var(--soft); padding: .7rem; overflow-x: auto } p.about { white-space: pre-line }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: .5rem 0 }
-td, th { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: left;
-  vertical-align: top } caption { text-align: left; font-weight: 600; padding: .3rem 0 }
-nav a { margin-right: 1rem }
+h3 a { color: inherit; text-decoration: none }
+pre { background: var(--soft); padding: .7rem; overflow-x: auto; font-size: .9rem }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: .5rem 0 1rem }
+td, th { border-bottom: 1px solid var(--line); padding: .3rem .7rem .3rem 0; text-align: left;
+  vertical-align: top; font-weight: 400 } thead th, caption { font-weight: 600 }
+caption { text-align: left; padding: .3rem 0 } tbody th { width: 17rem }
+.list tbody th { width: 25rem }
+small { opacity: .75; margin-left: .4rem } nav a { margin-right: 1rem }
+@media (max-width: 40rem) { table, tbody, tr, td, caption { display: block } thead { display: none }
+  tbody th { display: block; width: auto; border: 0; padding-bottom: 0 } h3 { font-size: 1rem } }
 """
+_COMMANDS = """\
+In the commands `ESCROW` is the address of this page without its `/docs`, and `API_KEY` a key of
+yours; other names stand for ids that you know."""
+
+_ENDS = ("objects", "problems")
 
 
 def write(document: Schema) -> str:
     """The page."""
-    groups: dict[str, list[str]] = {}
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            written = _operation(document, path, method, operation)
-            groups.setdefault(operation["tags"][0], []).append(written)
-    links = "".join(f'<a href="#{escape(name)}">{escape(name)}</a> ' for name in groups)
-    parts = "".join(
-        f'<h2 id="{escape(name)}">{escape(name)}</h2>{"".join(written)}'
-        for name, written in groups.items()
-    )
+    inline = {name for one in _operations(document) for name in _body_models(one[2])}
+    groups: dict[str, list[tuple[str, str, Schema]]] = {}
+    for one in _operations(document):
+        groups.setdefault(one[2]["tags"][0], []).append(one)
+    models = {
+        name: model
+        for name, model in document["components"]["schemas"].items()
+        if name not in inline and name != "Problem"
+    }
+    anchors = {f"about-{name}": name for name in groups} | dict(zip(_ENDS, _ENDS, strict=True))
+    links = " ".join(f'<a href="#{at}">{escape(name)}</a>' for at, name in anchors.items())
+    parts = "".join(_group(document, name, group) for name, group in groups.items())
     info = document["info"]
+    about = "".join(
+        f"<p>{_prose(part)}</p>" for part in (*info["description"].split("\n\n"), _COMMANDS)
+    )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(info['title'])}</title><style>{_STYLE}</style>"
-        f'<h1>{escape(info["title"])}</h1><p class="about">{_prose(info["description"])}</p>'
-        f'<p><a href="/openapi.json">openapi.json</a> · <a href="#problems">problems</a></p>'
-        f"<nav>{links}</nav>{parts}{_problems()}</html>\n"
+        f"<h1>{escape(info['title'])}</h1>{about}"
+        f'<p>The same for machines: <a href="openapi.json">openapi.json</a>.</p>'
+        f"<nav>{links}</nav>{parts}{_objects(document, models)}{_problems()}</html>\n"
     )
+
+
+def _operations(document: Schema) -> list[tuple[str, str, Schema]]:
+    """Path, method and description of each; those about the service itself come last."""
+    found = [
+        (path, method, operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+    return sorted(found, key=lambda one: "servers" in one[2])
+
+
+def _body_models(operation: Schema) -> list[str]:
+    if "requestBody" not in operation:
+        return []
+    schema = operation["requestBody"]["content"][MEDIA_JSON]["schema"]
+    return [_name(one) for one in _options(schema)]
+
+
+def _group(document: Schema, name: str, group: list[tuple[str, str, Schema]]) -> str:
+    """What a group has, by its summaries; then each operation."""
+    rows = "".join(
+        f'<tr><th scope="row"><a href="#{escape(operation["operationId"])}">'
+        f"<code>{method.upper()} {escape(path)}</code></a><td>{_prose(operation['summary'])}"
+        for path, method, operation in group
+    )
+    listed = f'<table class="list"><tbody>{rows}</table>' if len(group) > 1 else ""
+    written = "".join(_operation(document, *one) for one in group)
+    return f'<h2 id="about-{escape(name)}">{escape(name)}</h2>{listed}{written}'
 
 
 def _prose(text: str) -> str:
@@ -53,108 +98,153 @@ def _prose(text: str) -> str:
 
 
 def _operation(document: Schema, path: str, method: str, operation: Schema) -> str:
-    name, scopes = operation["operationId"], operation["x-scopes"]
-    needs = f"a key with {' or '.join(scopes)}" if scopes else "no key"
+    name, scopes = escape(operation["operationId"]), operation["x-scopes"]
+    needs = f"a key with {' or '.join(f'`{one}`' for one in scopes)}" if scopes else "no key"
+    summary = f"{operation['summary']} Needs {needs}."
     fields = [
-        (one["name"], one["in"], one.get("required", False), one["schema"])
+        (one["name"], _note(one["in"], one.get("required")), {**one["schema"], **_said(one)})
         for one in operation["parameters"]
     ]
     return (
-        f'<h3 id="{escape(name)}">{method.upper()} {escape(path)}</h3>'
-        f"<p>{_prose(operation['summary'])} Needs {needs}.</p>"
-        f"{_fields(document, 'Parameters', fields)}{_body(document, operation)}"
-        f"<pre>{escape(curl(document, path, method, operation))}</pre>"
-        f"{_answers(document, operation)}"
+        f'<h3 id="{name}"><a href="#{name}">{method.upper()} {escape(path)}</a></h3>'
+        f"<p>{_prose(summary)}</p>"
+        f"{_fields('Parameters', fields)}{_body(document, operation)}"
+        f"{_commands(document, path, method, operation)}{_answers(operation)}"
     )
 
 
+def _said(parameter: Schema) -> Schema:
+    return {"description": parameter["description"]} if "description" in parameter else {}
+
+
 def _body(document: Schema, operation: Schema) -> str:
-    if "requestBody" not in operation:
-        return ""
-    schema = operation["requestBody"]["content"][MEDIA_JSON]["schema"]
-    return "".join(_model(document, one, "Body") for one in _options(schema))
+    models = document["components"]["schemas"]
+    return "".join(_model(models[name], "Body: ") for name in _body_models(operation))
 
 
-def _answers(document: Schema, operation: Schema) -> str:
-    written, refused = [], []
+def _answers(operation: Schema) -> str:
+    answered, refused = [], []
     for status, response in operation["responses"].items():
         ((media, content),) = response["content"].items()
-        if media == MEDIA_JSON:
-            written += [
-                _model(document, one, f"Answer {status}") for one in _options(content["schema"])
-            ]
-        elif media == "application/problem+json":
+        if media == "application/problem+json":
             codes = content["schema"]["allOf"][1]["properties"]["code"]["enum"]
             refused += [f'<a href="#problem-{code}">{code}</a>' for code in codes]
-        else:
-            written.append(f"<p>Answer {status}: <code>{escape(media)}</code></p>")
-    return f"{''.join(written)}<p>Problems: {', '.join(dict.fromkeys(refused))}.</p>"
+            continue
+        named = media == MEDIA_JSON and "type" not in content["schema"]
+        options = map(_form, _options(content["schema"])) if named else [f"<code>{media}</code>"]
+        answered.append(f"{status}: {' or '.join(options)}")
+    problems = ", ".join(dict.fromkeys(refused))
+    return f"<p>Answer {'; '.join(answered)}.<p>Problems: {problems}."
 
 
 def _options(schema: Schema) -> list[Schema]:
     return list(schema.get("anyOf", [schema]))
 
 
-def _model(document: Schema, schema: Schema, title: str) -> str:
-    model = _resolve(document, schema)
+def _model(model: Schema, title: str) -> str:
     required = model.get("required", [])
     fields = [
-        (name, "", name in required, field) for name, field in model.get("properties", {}).items()
+        (name, _note("", name in required), field)
+        for name, field in model.get("properties", {}).items()
     ]
-    described = model.get("description", "").split("\n")[0]
-    return _fields(document, f"{title}: {described}", fields)
+    return _fields(title + " ".join(model.get("description", "").split("\n")), fields)
 
 
-def _fields(document: Schema, title: str, fields: list[tuple[str, str, bool, Schema]]) -> str:
-    rows = "".join(
-        f"<tr><td><code>{escape(name)}</code><td>{where or ''} {'' if required else 'optional'}"
-        f"<td>{escape(_form(document, schema))}<td>{_prose(schema.get('description', ''))}"
-        for name, where, required, schema in fields
-    )
-    return f"<table><caption>{_prose(title)}</caption>{rows}</table>" if rows else ""
+def _note(where: str, required: object) -> str:
+    """What is said in small beside a name."""
+    return ", ".join(part for part in (where, "" if required else "optional") if part)
 
 
-def _form(document: Schema, schema: Schema) -> str:
-    """What a value may be, in few words."""
+def _fields(title: str, fields: list[tuple[str, str, Schema]]) -> str:
+    rows = "".join(_row(*field) for field in fields)
+    return f"<table><caption>{_prose(title)}</caption><tbody>{rows}</table>" if rows else ""
+
+
+def _row(name: str, note: str, schema: Schema) -> str:
+    noted = f"<small>{note}</small>" if note else ""
+    described = " ".join(schema.get("description", "").split())
+    said = f". {_prose(described)}" if described else ""
+    return f'<tr><th scope="row"><code>{escape(name)}</code>{noted}<td>{_form(schema)}{said}'
+
+
+def _form(schema: Schema) -> str:
+    """What a value may be, in few words, as HTML."""
     if "$ref" in schema:
-        model = _resolve(document, schema)
-        return f"{model.get('title', '')} {{{', '.join(model.get('properties', {}))}}}"
+        name = escape(_name(schema))
+        return f'<a href="#object-{name}">{name}</a>'
     if "examples" in schema:
         # People read an example sooner than a pattern; machines have the document.
-        return f"{schema.get('type', 'string or number')} like {schema['examples'][0]}"
+        kind = schema.get("type", "string or number")
+        return f"{kind} like <code>{escape(str(schema['examples'][0]))}</code>"
     if options := schema.get("anyOf") or schema.get("oneOf"):
-        return " or ".join(dict.fromkeys(_form(document, one) for one in options))
+        return " or ".join(dict.fromkeys(map(_form, options)))
     if "const" in schema:
-        return json.dumps(schema["const"])
+        return f"<code>{escape(json.dumps(schema['const']))}</code>"
     if "enum" in schema:
-        return " | ".join(map(str, schema["enum"]))
+        return ", ".join(f"<code>{escape(str(one))}</code>" for one in schema["enum"])
     if schema.get("type") == "array":
-        most = f", up to {schema['maxItems']}" if "maxItems" in schema else ""
-        return f"list of {_form(document, schema.get('items', {}))}{most}"
-    limits = [
-        f"{word} {schema[name]}"
-        for name, word in (
-            *(("minimum", "from"), ("maximum", "up to"), ("minLength", "at least")),
-            *(("maxLength", "up to"), ("pattern", "like")),
-        )
-        if name in schema
-    ]
-    if "default" in schema:
-        limits.append(f"default {json.dumps(schema['default'])}")
-    return " ".join([schema.get("type", "any"), ", ".join(limits)]).strip()
+        most = f", at most {schema['maxItems']}" if "maxItems" in schema else ""
+        return f"list of {_form(schema.get('items', {}))}{most}"
+    return escape(", ".join([_sized(schema), *_more(schema)]))
+
+
+def _sized(schema: Schema) -> str:
+    kind = str(schema.get("type", "any"))
+    kind = {"null": "null", "object": "object of your own"}.get(kind, kind)
+    least, most = schema.get("minimum"), schema.get("maximum")
+    unit = ""
+    if kind == "string":
+        least, most, unit = schema.get("minLength"), schema.get("maxLength"), " characters"
+    if most is None:
+        return kind if least is None else f"{kind} from {least}"
+    return f"{kind} {least} to {most}{unit}" if least is not None else f"{kind} up to {most}{unit}"
+
+
+def _more(schema: Schema) -> list[str]:
+    found = []
+    if "pattern" in schema and "description" not in schema:
+        found.append(f"like {schema['pattern']}")
+    if schema.get("default"):
+        found.append(f"default {json.dumps(schema['default'])}")
+    return found
+
+
+def _name(reference: Schema) -> str:
+    """The name of the model that a `$ref` leads to."""
+    return str(reference["$ref"].rpartition("/")[2])
+
+
+def _objects(document: Schema, models: Schema) -> str:
+    written = "".join(
+        f'<h3 id="object-{escape(name)}"><a href="#object-{escape(name)}">{escape(name)}</a></h3>'
+        f"{_model(model, '')}"
+        for name, model in models.items()
+    )
+    return f'<h2 id="objects">objects</h2><p>What answers are made of.</p>{written}'
 
 
 def _resolve(document: Schema, schema: Schema) -> Schema:
     if "$ref" not in schema:
         return schema
-    model: Schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    model: Schema = document["components"]["schemas"][_name(schema)]
     return model
 
 
 # Examples.
 
 
-def curl(document: Schema, path: str, method: str, operation: Schema) -> str:
+def _commands(document: Schema, path: str, method: str, operation: Schema) -> str:
+    """One for each form that the body may have."""
+    bodies: list[Schema | None] = [None]
+    if "requestBody" in operation:
+        bodies = [*_options(operation["requestBody"]["content"][MEDIA_JSON]["schema"])]
+    commands = (curl(document, path, method, operation, body) for body in bodies)
+    return "".join(f"<pre>{escape(command)}</pre>" for command in commands)
+
+
+def curl(
+    document: Schema, path: str, method: str, operation: Schema, body: Schema | None = None
+) -> str:
     """A command that does it."""
     query = [
         f"{one['name']}={quote(str(example(document, one['schema'])))}"
@@ -171,10 +261,9 @@ def curl(document: Schema, path: str, method: str, operation: Schema) -> str:
         lines.append('  -H "Authorization: Bearer $API_KEY"')
     if any(one["name"] == "Idempotency-Key" for one in operation["parameters"]):
         lines.append('  -H "Idempotency-Key: $(uuidgen)"')
-    if "requestBody" in operation:
-        schema = operation["requestBody"]["content"][MEDIA_JSON]["schema"]
-        body = json.dumps(example(document, _options(schema)[0]))
-        lines += ['  -H "Content-Type: application/json"', f"  -d '{body}'"]
+    if body is not None:
+        sent = json.dumps(example(document, body))
+        lines += ['  -H "Content-Type: application/json"', f"  -d '{sent}'"]
     return " \\\n".join(lines)
 
 
@@ -205,9 +294,10 @@ def example(document: Schema, schema: Schema) -> Any:
 
 def _problems() -> str:
     rows = "".join(
-        f'<tr id="problem-{code}"><td>{", ".join(map(str, problem.statuses))}'
-        f"<td><code>{code}</code><td>{_prose(problem.meaning)}<td>{_prose(problem.advice)}"
+        f'<tr id="problem-{code}"><th scope="row"><code>{code}</code>'
+        f"<small>{', '.join(map(str, problem.statuses))}</small>"
+        f"<td>{_prose(problem.meaning)}<td>{_prose(problem.advice)}"
         for code, problem in sorted(PROBLEMS.items())
     )
-    head = "<tr><th>Status<th>Code<th>Meaning<th>What to do now"
-    return f'<h2 id="problems">problems</h2><table>{head}{rows}</table>'
+    head = "<thead><tr><th>Code and status<th>Meaning<th>What to do now</thead>"
+    return f'<h2 id="problems">problems</h2><table>{head}<tbody>{rows}</table>'
