@@ -4,6 +4,7 @@ Values as in `operations`. The buyer locks and pays; the provider delivers and m
 may dispute; an arbiter decides.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
@@ -30,6 +31,7 @@ from x402mw_client.operations import (
 from x402mw_client.records import CaseRecord, DisputeRecord, EscrowRecord, Outcome, Page
 
 HOUR_SECONDS = 3600
+_BOUNDLESS = re.compile(r"[eE][+-]?[0-9_]{4}")
 Number: TypeAlias = str | int | float | Decimal | Fraction
 """A plain number that is no money: a share, a score, hours. Read as it is written: 0.7 is 7/10."""
 
@@ -39,8 +41,12 @@ PERFORMANCE_TIERS = (("0.9", 1), ("0.7", "0.7"))
 
 def read_number(value: Number) -> Fraction:
     """A number exactly as it is written, or `LocalError`."""
+    text = str(value)
+    # A score may come from a stranger, and millions of digits would take minutes to expand.
+    if _BOUNDLESS.search(text):
+        raise LocalError("a number has an exponent of at most three digits")
     try:
-        return Fraction(str(value))
+        return Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise LocalError(f"{value!r} is no number") from None
 

@@ -23,6 +23,7 @@ from x402mw.core.vouchers import SIGNED_BYTES
 from x402mw.escrow.access import ARBITER
 from x402mw.escrow.tenants import OPERATORS
 from x402mw_client.escrow import EscrowClient
+from x402mw_client.manual_operations import performance_share
 from x402mw_client.webhooks import Event
 
 pytestmark = pytest.mark.anyio
@@ -439,3 +440,10 @@ async def test_a_key_for_reading_moves_nothing(stage: Any) -> None:
     async with stage() as s, s.as_agent(await make_key(s.m, s.m.buyer, "read")) as reader:
         assert await refused(reader.lock(s.to, "1.00")) == "scope"
         assert await reader.iter_escrows() == []
+
+
+@pytest.mark.parametrize("score", ["1e100000000", "1e-100000000", "1e1_0000_0000"])
+def test_a_score_with_a_giant_exponent_is_refused(score: str) -> None:
+    """P6: a score may come from a stranger, so its digits are never expanded without bounds."""
+    with pytest.raises(LocalError, match="exponent"):
+        performance_share(score)

@@ -2,6 +2,10 @@
 
 import json
 import re
+import time
+from contextlib import suppress
+from decimal import Decimal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +115,42 @@ def test_no_field_takes_what_is_huge(route: Route) -> None:
                 assert name in {
                     str(error["loc"][0]) for error in caught.value.errors() if error["loc"]
                 }
+
+
+BOUNDLESS = ("1e100000000", "1e-100000000", "-1e100000000", "7" * 60_000 + ".0")
+"""Numbers that are small to send and take minutes to expand."""
+
+
+def nested(value: Any) -> list[Any]:
+    """A value, and bodies' lists and objects around it."""
+    named = [{name: value} for name in ("amount", "fraction", "voucher")]
+    return [value, [value], *named, [{"agent_id": "ag_" + "0" * 32, "name": "x", **named[0]}]]
+
+
+@pytest.mark.parametrize("route", WITH_BODY, ids=lambda route: route.path)
+def test_no_field_expands_what_is_boundless(route: Route) -> None:
+    """Limits: a number with a giant exponent or countless digits costs nothing, wherever it is."""
+    for model in members(route.body):
+        reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+        fits = page.example(DOCUMENT, reference) if model.model_fields else {}
+        names = {*model.model_fields, *getattr(model, "OTHER_NAMES", ())}
+        for name, number in product(sorted(names), BOUNDLESS):
+            for value in (*nested(Decimal(number)), number):
+                began = time.thread_time()
+                # A text field may hold it as a text.
+                with suppress(ValidationError):
+                    model.model_validate({**fits, name: value})
+                assert time.thread_time() - began < 0.1, (name, number[:20])
+
+
+def test_no_query_expands_what_is_boundless() -> None:
+    """Limits: the same of what a query may hold."""
+    for route, number in product(ROUTES, BOUNDLESS):
+        for name in route.query.model_fields:
+            began = time.thread_time()
+            with suppress(ValidationError):
+                route.query.model_validate({name: number})
+            assert time.thread_time() - began < 0.1, (name, number[:20])
 
 
 async def test_bodies_are_of_the_models_that_are_described(tmp_path: Path) -> None:

@@ -94,6 +94,9 @@ def exact(value: Decimal) -> Fraction:
     # An exponent of millions would cost gigabytes to expand; no amount of money needs 60 digits.
     if not isinstance(exponent, int) or abs(exponent) > EXPONENT_MAX:
         raise AmountInvalid(f"an amount has at most {FRACTION_DIGITS_MAX} fraction digits")
+    # Nor does one need a million digits, which take a minute to expand.
+    if value.adjusted() > EXPONENT_MAX:
+        raise AmountInvalid(f"an amount is below 10^{EXPONENT_MAX}")
     fraction = Fraction(value)
     if value.is_signed() and fraction != 0:
         raise AmountInvalid("an amount is not negative")

@@ -5,7 +5,6 @@ in the other (`docs/escrow.md`, Dialects). Durations come under three names, of 
 may be given: `auto_release_*` says by its name who gets the rest.
 """
 
-from decimal import Decimal
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -147,10 +146,12 @@ class Condition(Body):
         return self
 
 
-def _hours(value: Decimal | int) -> Decimal | int:
-    if not 0 < value <= HOURS_MAX:
+def _hours(value: object) -> Fraction:
+    # Read as amounts are, which bounds what a stranger's exponent makes us expand.
+    hours = parse_number(value)
+    if not 0 < hours <= HOURS_MAX:
         raise ValueError(f"a time is above 0 and up to {HOURS_MAX} hours")
-    return value
+    return hours
 
 
 class Lifetime(Dialect):
@@ -158,8 +159,8 @@ class Lifetime(Dialect):
 
     auto_release_seconds: Seconds | None = None
     auto_release_hours: Annotated[
-        InstanceOf[Decimal] | int,
-        AfterValidator(_hours),
+        InstanceOf[Fraction],
+        BeforeValidator(checked(_hours)),
         WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": HOURS_MAX}),
     ] | None = None  # fmt: skip
     expires_in_seconds: Seconds | None = None
@@ -179,7 +180,7 @@ class Lifetime(Dialect):
     def seconds(self) -> int:
         """The time in whole seconds."""
         if self.auto_release_hours is not None:
-            seconds = Fraction(self.auto_release_hours) * HOUR_SECONDS
+            seconds = self.auto_release_hours * HOUR_SECONDS
             if seconds.denominator != 1:
                 raise ValueError("auto_release_hours must come to whole seconds")
             return seconds.numerator
