@@ -278,6 +278,70 @@ async def test_a_quiet_stream_stays_alive(db: str, monkeypatch: pytest.MonkeyPat
         assert [event["event"] for event in rest if event] in ([], ["revoked"])
 
 
+@pytest.mark.parametrize("how", ["revoked", "expired"])
+async def test_a_busy_stream_ends_with_its_key(
+    db: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Security: a key that died reads no further, however much happens."""
+    if how == "expired":
+        monkeypatch.setattr(feed, "KEEP_ALIVE_SECONDS", 0.2)
+    async with market(db) as m:
+        name = (await m.open())["escrow_id"]
+        made = (await m.post(m.buyer, "/agents/me/keys", {"scopes": ["read"]})).json()
+        path = f"/agents/me/keys/{made['key_id']}"
+        reader = Agent(m.buyer.agent_id, made["api_key"])
+        async with listening(m, reader, escrow_id=name) as stream:
+            await anext(stream)
+            if how == "revoked":
+                await m.http.delete(path, headers=m.buyer.headers)
+            else:
+                await m.post(m.buyer, f"{path}/rotate", {"grace_seconds": 5})
+                m.escrow.clock.now += 10
+            rest = asyncio.create_task(_rest(stream))
+            async with asyncio.timeout(10):
+                while not rest.done():
+                    await m.post(m.provider, f"/escrow/{name}/pause")
+
+
+async def test_streams_that_open_at_once_are_counted(db: str) -> None:
+    """Stream: of many at once so many begin and the others are refused, before any answer."""
+    async with market(db) as m:
+        places = m.escrow.app.state.feed
+
+        async def one() -> int:
+            async with m.http.stream("GET", "/events", headers=m.buyer.headers) as answer:
+                if answer.status_code == 200:
+                    await asyncio.sleep(1)
+                return answer.status_code
+
+        found = await asyncio.gather(*(one() for _ in range(20)))
+        assert sorted(found) == [200] * feed.STREAMS_PER_AGENT + [429] * 12
+        asked = await m.http.request("HEAD", "/events", headers=m.buyer.headers)
+        assert asked.status_code == 200
+        async with asyncio.timeout(10):
+            while places._count:  # noqa: ASYNC110 (its end is not told)
+                await asyncio.sleep(0.01)
+
+
+async def test_who_has_most_streams_makes_room(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stream: few agents cannot keep all places; the refusal says whose limit it was."""
+    monkeypatch.setattr(feed, "STREAMS_MAX", 3)
+    async with market(db) as m, AsyncExitStack() as stack:
+        mine = [await stack.enter_async_context(listening(m, m.buyer)) for _ in range(3)]
+        for stream in mine:
+            await anext(stream)
+        async with listening(m, m.provider) as theirs:
+            await anext(theirs)
+            async with asyncio.timeout(10):
+                assert [event async for event in mine[2] if event] == []
+            answer = await m.get(m.provider, "/events")
+            assert code_of(answer) == (429, "too_many_streams")
+            assert "this service" in answer.json()["detail"]
+            name = (await m.open())["escrow_id"]
+            for stream in (*mine[:2], theirs):
+                assert (await take(stream, 1))[0]["data"]["escrow_id"] == name
+
+
 async def test_another_process_hears_of_it(db: str) -> None:
     """Stream: what one service commits is told by another on the same database."""
     async with market(db) as m, running_escrow(db, m.escrow.clock) as second:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, Field
 from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from x402mw.core import ids
 from x402mw.escrow import sessions
@@ -27,6 +29,7 @@ from x402mw.escrow.api.shared import (
 from x402mw.escrow.bodies import Body, EscrowId, printable
 from x402mw.escrow.books import Entry
 from x402mw.escrow.errors import Refused
+from x402mw.escrow.events import feed as feeds
 from x402mw.escrow.events.derive import PAUSE, RESUME, Told
 from x402mw.escrow.events.feed import Feed, Position, Reader
 from x402mw.escrow.events.log import describe, read_history
@@ -36,6 +39,7 @@ from x402mw.escrow.transactions import Transaction
 REASON_CHARACTERS_MAX = 200
 RETRY_MILLISECONDS = 2000
 PARTS_MAX = 999
+EVENT_STREAM = "text/event-stream"
 _EVENT_ID = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,3}))?", re.ASCII)
 
 
@@ -100,33 +104,53 @@ async def stream_events(request: Request) -> Response:
     if escrow_id is not None:
         wanted = escrow_id
         await find_ledger(request).read(lambda db: sessions.as_party(db, caller, wanted))
-    feed.check_room(caller)
     since = _position(request, await feed.head())
-
-    async def lines() -> AsyncIterator[str]:
-        # The place as an id: who loses the stream before its first event misses none.
-        yield f"retry: {RETRY_MILLISECONDS}\nid: {_write_position(since)}\n\n"
-        with feed.open(caller, escrow_id) as reader:
-            async for text in _follow(request, feed, reader, since):
-                yield text
-
     headers = {"X-Accel-Buffering": "no"}
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type=EVENT_STREAM)
+    # Taken before the answer begins: from there on it could not be refused.
+    reader = feed.enter(caller, escrow_id)
+    return _Stream(_write_all(request, feed, reader, since), headers, feed, reader)
 
 
-async def _follow(
+class _Stream(StreamingResponse):
+    """Gives its place back however it ends, also if it never began."""
+
+    def __init__(
+        self, lines: AsyncIterator[str], headers: dict[str, str], feed: Feed, reader: Reader
+    ) -> None:
+        super().__init__(lines, headers=headers, media_type=EVENT_STREAM)
+        self._feed, self._reader = feed, reader
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._feed.leave(self._reader)
+
+
+async def _write_all(
     request: Request, feed: Feed, reader: Reader, since: Position
 ) -> AsyncIterator[str]:
+    # The place as an id: who loses the stream before its first event misses none.
+    yield f"retry: {RETRY_MILLISECONDS}\nid: {_write_position(since)}\n\n"
+    asked = time.monotonic()
     async for told in feed.follow(reader, since):
-        if told is not None:
-            yield _write(told)
-            continue
-        try:
-            await authenticate(request)
-        except Refused:
-            # The key was revoked while the stream was open.
-            return
-        yield ":\n\n"
+        # A key may die while the stream is open, and without a word when its time is over.
+        if reader.doubted or time.monotonic() - asked >= feeds.KEEP_ALIVE_SECONDS:
+            reader.doubted, asked = False, time.monotonic()
+            if not await _still_works(request):
+                return
+        yield ":\n\n" if told is None else _write(told)
+
+
+async def _still_works(request: Request) -> bool:
+    try:
+        await authenticate(request)
+    except Refused:
+        return False
+    return True
 
 
 def _write(told: Told) -> str:
@@ -164,6 +188,6 @@ ROUTES: Routes = (
         None,
         query=OfEscrow,
         refusals="not_found too_many_streams",
-        media="text/event-stream",
+        media=EVENT_STREAM,
     ),
 )

@@ -18,6 +18,7 @@ NAMES = (
     *("resumed", "closing", "closed", "expired", "disputed", "resolved", "revoked"),
 )
 PAUSE, RESUME = "pause", "resume"
+REVOKED = "revoked"
 REVOCATIONS = ("key_revoked", "agent_revoked")
 _OF_KIND = {
     "lock": "locked",
@@ -28,7 +29,7 @@ _OF_KIND = {
     "resolve": "resolved",
     "withdraw": "resolved",
     "undecided": "resolved",
-    **dict.fromkeys((*REVOCATIONS, "revoke"), "revoked"),
+    **dict.fromkeys((*REVOCATIONS, "revoke"), REVOKED),
 }
 
 

@@ -7,32 +7,36 @@ feed is, and goes on from there: so none is missed and none comes twice.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from functools import partial
 
 from x402mw.escrow.errors import Refused
-from x402mw.escrow.events.derive import Told
+from x402mw.escrow.events.derive import REVOKED, Told
 from x402mw.escrow.events.log import find_head, read_events
 from x402mw.escrow.events.news import Ear
 from x402mw.escrow.ledger import Ledger
 
 _log = logging.getLogger("x402mw.escrow")
 STREAMS_PER_AGENT = 8
-STREAMS_MAX = 1000
+STREAMS_MAX = 2000
 KEPT_MAX = 1000
 KEEP_ALIVE_SECONDS = 15
 Position = tuple[int, int]
 
 
 class Reader:
-    """One stream: what is kept for it until it is sent."""
+    """One stream: what is kept for it until it is sent.
+
+    `doubted` when a key of its agent was revoked, `ended` when it has to make room for another.
+    """
 
     def __init__(self, agent_id: str, escrow_id: str | None) -> None:
         self.agent_id = agent_id
         self.escrow_id = escrow_id
         self.kept: deque[Told] = deque()
         self.behind = True
+        self.doubted = False
+        self.ended = False
         self.ear = Ear()
 
     def wants(self, told: Told) -> bool:
@@ -41,6 +45,9 @@ class Reader:
 
     def keep(self, told: Told) -> None:
         """Keeps an event, unless there are too many: then the log has them."""
+        if told.name == REVOKED and not told.escrow_id:
+            self.doubted = True
+            self.ear.wake()
         if not self.behind and self.wants(told):
             self.kept.append(told)
             if len(self.kept) > KEPT_MAX:
@@ -56,7 +63,7 @@ class Feed:
         self.ended = False
         self._ledger = ledger
         self._at = 0
-        self._readers: dict[str, set[Reader]] = {}
+        self._readers: dict[str, list[Reader]] = {}
         self._count = 0
         self._ear: Ear | None = None
         # Set while the feed follows the log: not when nobody listens.
@@ -92,49 +99,63 @@ class Feed:
         moved, self._at = read.upto > self._at, read.upto
         return moved
 
-    def check_room(self, agent_id: str) -> None:
-        """Refuses an agent that has too many streams already."""
-        mine = self._readers.get(agent_id, ())
-        if len(mine) >= STREAMS_PER_AGENT or self._count >= STREAMS_MAX:
-            detail = f"an agent has at most {STREAMS_PER_AGENT} streams of events"
-            raise Refused(429, "too_many_streams", detail)
-
-    @contextmanager
-    def open(self, agent_id: str, escrow_id: str | None) -> Iterator[Reader]:
-        """A new stream, if the agent has not too many."""
-        self.check_room(agent_id)
-        mine = self._readers.setdefault(agent_id, set())
+    def enter(self, agent_id: str, escrow_id: str | None) -> Reader:
+        """A place for a new stream, or a refusal; whoever takes it leaves it."""
+        self._make_room(agent_id)
         reader = Reader(agent_id, escrow_id)
-        mine.add(reader)
+        self._readers.setdefault(agent_id, []).append(reader)
         self._count += 1
         if self._ear is not None:
             self._ear.wake()
-        try:
-            yield reader
-        finally:
+        return reader
+
+    def leave(self, reader: Reader) -> None:
+        """Gives the place of a stream back; again is harmless."""
+        mine = self._readers.get(reader.agent_id, [])
+        if reader in mine:
+            mine.remove(reader)
             self._count -= 1
-            mine.discard(reader)
-            if not mine:
-                self._readers.pop(agent_id, None)
+        if not mine:
+            self._readers.pop(reader.agent_id, None)
+
+    def _make_room(self, agent_id: str) -> None:
+        """Refuses one stream too many; when all are taken, who has most of them gives one."""
+        mine = len(self._readers.get(agent_id, ()))
+        if mine >= STREAMS_PER_AGENT:
+            detail = f"an agent has at most {STREAMS_PER_AGENT} streams of events"
+            raise Refused(429, "too_many_streams", detail)
+        if self._count < STREAMS_MAX:
+            return
+        most = max(self._readers.values(), key=len)
+        if len(most) <= mine + 1:
+            detail = f"this service has at most {STREAMS_MAX} streams of events; try again later"
+            raise Refused(429, "too_many_streams", detail)
+        newest = most[-1]
+        newest.ended = True
+        newest.ear.wake()
+        self.leave(newest)
 
     async def follow(self, reader: Reader, since: Position) -> AsyncIterator[Told | None]:
         """Events after a position, for ever; None when nothing happened for a while."""
         position = since
-        while not self.ended:
+        while not self._is_over(reader):
             if reader.behind:
                 async for told in self._catch_up(reader, position):
                     position = told.seq, told.part
                     yield told
             quiet = not reader.kept
-            while reader.kept:
+            while reader.kept and not reader.ended:
                 told = reader.kept.popleft()
                 if (told.seq, told.part) > position:
                     position = told.seq, told.part
                     yield told
             if quiet and not reader.behind:
                 yield None
-            if not (reader.behind or reader.kept or self.ended):
+            if not (reader.behind or reader.kept or self._is_over(reader)):
                 await reader.ear.wait(KEEP_ALIVE_SECONDS)
+
+    def _is_over(self, reader: Reader) -> bool:
+        return self.ended or reader.ended
 
     async def head(self) -> int:
         """The number of the newest entry."""
@@ -146,7 +167,7 @@ class Feed:
         reader.kept.clear()
         reader.behind = False
         upto, target = position[0] - 1, self._at
-        while upto < target and not self.ended:
+        while upto < target and not self._is_over(reader):
             read = await self._ledger.read(partial(read_events, since=upto))
             for told in read.events:
                 if (told.seq, told.part) > position and reader.wants(told):
