@@ -54,7 +54,7 @@ async def test_any_access_applies_a_deadline(db: str) -> None:
 @pytest.mark.parametrize("of", [deadlines.Of.ALL, deadlines.Of.PARTY])
 async def test_deadlines_are_found_by_their_index(db: str, of: deadlines.Of) -> None:
     """T2: looking for what is due never reads the sessions that have ended, however many."""
-    query = deadlines.due_query(of, sessions=True)
+    query = deadlines.due_query(of)
     values = {"now": T0, "name": "ag_" + "0" * 32, "limit": 10}
     async with market(db) as m, reading(m.escrow.ledger) as connection:
         compiled = query.compile(

@@ -123,11 +123,30 @@ async def test_a_delivery_nobody_answers_is_paid(db: str) -> None:
     async with market(db) as m:
         name = await lock(m, review_seconds=600, expires_in_seconds=300)
         await done(m, m.provider, name, "deliver", proof="https://example.com/result")
-        m.escrow.clock.now += 599
+        await m.escrow.skip_time(599)
         assert (await m.show(name))["status"] == "delivered"
-        m.escrow.clock.now += 1
+        await m.escrow.skip_time(1)
         shown = await m.show(name)
         assert (shown["status"], shown["close_reason"]) == ("released", "release")
+
+
+async def test_an_outage_takes_nothing_from_either_party(db: str) -> None:
+    """T5: what fell due while the escrow was down waits, and can be answered for ten minutes."""
+    async with market(db) as m:
+        rejected = await lock(m, review_seconds=600)
+        await done(m, m.provider, rejected, "deliver", proof="junk")
+        digest = hashlib.sha256(b"done").hexdigest()
+        earned = await lock(m, expires_in_seconds=600, condition={"sha256": digest})
+        silent = await lock(m, expires_in_seconds=600)
+        m.escrow.clock.advance(100_000)
+        await m.escrow.ledger.sweep()
+        await m.escrow.pass_time(599)
+        await done(m, m.buyer, rejected, "reject", reason="junk")
+        assert (await done(m, m.provider, earned, "condition", outcome="done"))["met"]
+        assert (await m.show(silent))["status"] == "locked"
+        await m.escrow.pass_time(1)
+        states = [(await m.show(name))["status"] for name in (rejected, earned, silent)]
+        assert states == ["locked", "released", "refunded"]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +166,7 @@ async def test_who_gets_the_rest_at_the_end(db: str, body: dict[str, Any], statu
         name = await lock(m, **body)
         shown = await m.show(name)
         for _ in range(31 * 24):
-            m.escrow.clock.now += 3600 if not body else 50
+            await m.escrow.skip_time(3600 if not body else 50)
             await m.get(m.buyer, "/agents/me")
             if m.escrow.clock.now >= shown["expires_at"]:
                 break
@@ -250,7 +269,7 @@ async def test_a_dispute_nobody_decides_ends_by_its_deadline(db: str) -> None:
         name = await lock(m, auto_release_hours=24)
         await done(m, m.provider, name, "dispute", amount="6.00", reason="unpaid")
         for _ in range(7 * 24 + 1):
-            m.escrow.clock.now += 3600
+            await m.escrow.skip_time(3600)
             shown = await m.show(name)
             if shown["status"] != "disputed":
                 break

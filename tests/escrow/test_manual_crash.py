@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.escrow.full_world import ARBITER, BUYER, PROVIDER, FullWorld, new_manual, operations
-from tests.support.escrow import MovingClock
+from tests.support.escrow import MovingClock, skip_time
 from x402mw.core.amounts import USDC, Atomic
 from x402mw.escrow import manual
 from x402mw.escrow.idempotency import Key
@@ -87,7 +87,7 @@ async def test_a_crash_anywhere_in_the_life_of_an_escrow_changes_nothing(db: str
         crashes = await survive(world, roles[BUYER], create, Key("", "", "create", "0"))
         for number, (role, what, part) in enumerate(LIFE):
             if role is None:
-                world.clock.advance(part)
+                await skip_time(world.ledger, world.clock, part)
                 await world.ledger.sweep()
                 continue
             doing = operations(Atomic(123_457), part, "5")[what][1]

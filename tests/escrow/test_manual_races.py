@@ -172,7 +172,7 @@ async def test_a_late_decision_is_none(db: str) -> None:
         name = await lock(m, auto_release_hours=1)
         await done(m, m.buyer, name, "dispute", reason="late")
         judge = await arbiter(m)
-        m.escrow.clock.now += disputes.DISPUTE_SECONDS
+        await m.escrow.skip_time(disputes.DISPUTE_SECONDS)
         shares = {"to_provider": "0", "to_buyer": "10"}
         assert await refused(m, judge, name, "dispute/resolve", **shares) == (409, "invalid_state")
         assert (await m.show(name))["close_reason"] == "undecided"

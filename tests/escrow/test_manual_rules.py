@@ -304,6 +304,19 @@ def test_what_was_delivered_is_not_taken_back_alone(answer: Step) -> None:
     assert manual.close(delivered, Event.PROVIDER_CLOSE).escrow.status == "refunded"
 
 
+@pytest.mark.parametrize("answer", [lambda a: a, lambda a: manual.reject(a, 1)])
+def test_the_end_that_pays_is_not_put_off_once_delivered(answer: Step) -> None:
+    """T3: else a buyer alone could extend for ever what on_expiry pays; a refund may wait."""
+    for on_expiry in (RELEASE, "refund"):
+        opened = manual.extend(lock(10, 4, 6, on_expiry=on_expiry), T0 + 2 * DAY)
+        delivered = answer(manual.deliver(opened, 1, "", T0))
+        if on_expiry == RELEASE:
+            with pytest.raises(InvalidState, match="delivered"):
+                manual.extend(delivered, T0 + 3 * DAY)
+        else:
+            assert manual.extend(delivered, T0 + 3 * DAY).escrow.expires_at == T0 + 3 * DAY
+
+
 BUYERS_OWN: list[Callable[[Agreement, int], Agreement]] = [
     lambda a, x: manual.refund(a, Atomic(x) if x else None),
     lambda a, x: manual.settle(a, Atomic(x // 2), Atomic(x - x // 2)),

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tests.support.postgresql import database_name, shared_server
 from x402mw.core.amounts import to_atomic
 from x402mw.core.keys import public_key
 from x402mw.core.strict import b64url_encode
-from x402mw.escrow import agents, database
+from x402mw.escrow import agents, database, schema
 from x402mw.escrow.app import create_app, say_farewell
 from x402mw.escrow.books import audit
 from x402mw.escrow.ledger import Ledger, open_ledger
@@ -121,9 +122,21 @@ class RunningEscrow:
             seconds -= HEARTBEAT_STEP
             await self.ledger.sweep()
 
+    async def skip_time(self, seconds: float) -> None:
+        """Moves a `MovingClock` on at once, as if the service had been alive and nobody looked."""
+        assert isinstance(self.clock, MovingClock)
+        await skip_time(self.ledger, self.clock, seconds)
+
     async def check(self) -> list[str]:
         """Every violated invariant of the books."""
         return await audit(self.settings.database_url)
+
+
+async def skip_time(ledger: Ledger, clock: MovingClock, seconds: float) -> None:
+    """Moves a clock on, and the heartbeat with it: nothing looks like an outage."""
+    clock.advance(seconds)
+    async with ledger._engine.begin() as connection:
+        await connection.execute(update(schema.service).values(heartbeat=int(clock())))
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ from x402mw.core.amounts import Atomic, display
 from x402mw.escrow import schema
 from x402mw.escrow.rules import manual
 from x402mw.escrow.rules.agreement import Agreement, Dispute, Part, PartState
+from x402mw.escrow.rules.session import effective_deadline
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import Escrow
 from x402mw.escrow.transactions import Transaction
@@ -263,8 +264,12 @@ def describe_dispute(row: Any) -> dict[str, Any]:
 async def pass_time(tx: Transaction, agreement: Agreement, now: int, since: int = 0) -> Agreement:
     """Does everything that time has done to a manual escrow by now, each at its nominal second.
 
-    Nothing counts before `since`, nor before what a dispute has kept it waiting for.
+    Nothing counts before `since`, nor before an outage is long over (T5), nor before what a dispute
+    has kept it waiting for.
     """
+    since = effective_deadline(since, tx.service.up_since)
+    if now < since:
+        return agreement
     with tx.by_time():
         while (timer := manual.next_timer(agreement)) is not None and timer[0] <= now:
             after, event, when = manual.pass_time(agreement)

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, Text, bindparam, select
 
 from x402mw.escrow import agreements, schema
 from x402mw.escrow.rows import fetch_escrows
-from x402mw.escrow.rules.session import UP_GRACE_SECONDS, effective_deadline, reach_deadline
+from x402mw.escrow.rules.session import effective_deadline, reach_deadline
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import MANUAL
 from x402mw.escrow.transactions import Transaction
@@ -94,32 +94,30 @@ async def apply_to_one(tx: Transaction, escrow_id: str) -> None:
 
 
 async def _apply(tx: Transaction, of: Of, name: str | None, now: int, limit: int) -> int:
-    up_since = tx.service.up_since
-    query = due_query(of, sessions=now >= up_since + UP_GRACE_SECONDS)
+    earliest = effective_deadline(0, tx.service.up_since)
+    if now < earliest:
+        return 0
     values = {"now": now, "name": name, "limit": limit}
-    due = await fetch_escrows(tx.connection, query, values)
+    due = await fetch_escrows(tx.connection, due_query(of), values)
     for escrow in due:
         if escrow.kind == MANUAL:
             await agreements.pass_time(tx, await agreements.load(tx.connection, escrow), now)
             continue
-        nominal = effective_deadline(escrow.due_at or 0, up_since)
+        counts_at = max(escrow.due_at or 0, earliest)
         with tx.by_time():
-            tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, nominal)
+            tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, counts_at)
     await tx.flush()
     return len(due)
 
 
 @cache
-def due_query(of: Of, *, sessions: bool) -> Select[Any]:
+def due_query(of: Of) -> Select[Any]:
     """Escrows that time has something to do to at `now`, up to a `limit`; `name` says whose.
 
-    With or without sessions, whose deadlines an outage postpones (T5). Made once for each case: to
-    build a statement costs more than to run it.
+    Made once for each case: to build a statement costs more than to run it.
     """
     escrows = schema.escrows.c
     query = select(schema.escrows).where(escrows.due_at <= bindparam("now"))
-    if not sessions:
-        query = query.where(escrows.kind == MANUAL)
     if of is Of.ONE:
         query = query.where(escrows.escrow_id == bindparam("name"))
     elif of is Of.PARTY:

@@ -22,6 +22,7 @@ from x402mw.escrow.errors import Refused
 from x402mw.escrow.events.news import News
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
+from x402mw.escrow.rules.session import UP_GRACE_SECONDS
 from x402mw.escrow.rules.table import InvalidState, NotCovered
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.stats import Stats
@@ -145,7 +146,7 @@ class Ledger:
 
     async def read_of(self, agent: str, work: Work[Result]) -> Result:
         """Reads something of an agent, once its deadlines are applied; usually none is due."""
-        query = deadlines.due_query(deadlines.Of.PARTY, sessions=True)
+        query = deadlines.due_query(deadlines.Of.PARTY)
         values = {"now": self.now(), "name": agent, "limit": 1}
 
         async def look(connection: AsyncConnection) -> tuple[bool, Result]:
@@ -294,7 +295,8 @@ async def _write_first_rows(connection: AsyncConnection, ledger: Ledger, root_ke
             entry_hash=books.GENESIS,
             change_seq=0,
             heartbeat=now,
-            up_since=now,
+            # Nobody has missed a deadline yet.
+            up_since=now - UP_GRACE_SECONDS,
             key_serial=1,
         )
     )

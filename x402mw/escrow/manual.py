@@ -24,6 +24,7 @@ from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import find_escrow
 from x402mw.escrow.rules import manual, money
 from x402mw.escrow.rules.agreement import WHOLE, Agreement, Part
+from x402mw.escrow.rules.session import effective_deadline
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import MANUAL, Escrow, Phase, new_escrow
 from x402mw.escrow.sessions import as_party, check_lock, describe
@@ -163,7 +164,7 @@ async def reject(
     part = find_part(before, wish.milestone)
     after = manual.reject(before, part.number)
     # A dispute over other money may keep a delivery waiting beyond the end of its review.
-    if part.review_until is not None and tx.now >= part.review_until:
+    if part.review_until is not None and _is_over(tx, part.review_until):
         raise Refused(409, "review_over", "reject is not possible after review_until")
     return await keep(tx, before, after, Event.REJECT, part=part.number, reason=wish.reason)
 
@@ -195,7 +196,7 @@ async def deliver(
 async def refund(
     tx: Transaction, caller: str, escrow_id: str, wish: manual_bodies.TakeBack
 ) -> Answer:
-    """Sends the buyer what is still held: by the buyer what is not under review, else all."""
+    """Sends the buyer what is still held: by the buyer what was never delivered, else all."""
     before = await load(tx, caller, escrow_id)
     if caller == before.escrow.buyer:
         after, event = manual.refund(before, wish.amount), Event.REFUND
@@ -291,8 +292,12 @@ async def as_provider(tx: Transaction, caller: str, escrow_id: str) -> Agreement
 def _check_time(tx: Transaction, agreement: Agreement, event: Event) -> None:
     """What is only possible before the end (T1): a dispute may hold money beyond it."""
     escrow = agreement.escrow
-    if escrow.phase is not Phase.ENDED and tx.now >= escrow.expires_at:
+    if escrow.phase is not Phase.ENDED and _is_over(tx, escrow.expires_at):
         raise Refused(409, "expired", f"{event.value} is not possible after expires_at")
+
+
+def _is_over(tx: Transaction, deadline: int) -> bool:
+    return tx.now >= effective_deadline(deadline, tx.service.up_since)
 
 
 def find_part(agreement: Agreement, name: str | None) -> Part:

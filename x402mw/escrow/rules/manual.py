@@ -27,7 +27,9 @@ def top_up(agreement: Agreement, amount: Atomic) -> Agreement:
 
 
 def extend(agreement: Agreement, expires_at: int) -> Agreement:
-    """Ends it later; never earlier (T4)."""
+    """Ends it later; never earlier (T4), and not once a delivery waits to be paid by the end."""
+    if agreement.escrow.on_expiry == RELEASE and agreement.claimed:
+        raise InvalidState("delivered", Event.EXTEND)
     later = max(agreement.escrow.expires_at, expires_at)
     return _happen(agreement, Event.EXTEND, expires_at=later)
 
