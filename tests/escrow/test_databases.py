@@ -20,6 +20,7 @@ from sqlalchemy.exc import (
     InternalError,
     OperationalError,
 )
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 import x402mw.escrow
 from tests.escrow.market import code_of, market
@@ -238,7 +239,7 @@ async def test_what_a_rule_changes_is_written(db: str) -> None:
     assert dict(row._mapping) == made[-1]._asdict()
 
 
-# The thread that writes. SQLite only.
+# The threads that write and read. SQLite only.
 
 
 async def test_an_operation_that_would_wait_for_others_changes_nothing(tmp_path: Path) -> None:
@@ -275,6 +276,62 @@ async def test_who_gives_up_waiting_leaves_whole_transactions(tmp_path: Path) ->
         assert second.status == 200
         assert len((await rows_of(ledger))["agents"]) == 2
         assert await audit(ledger.settings.database_url) == []
+
+
+async def test_who_reads_never_waits_for_who_writes(tmp_path: Path) -> None:
+    """I12: while an operation runs, reads go on, and each of them sees one moment."""
+
+    async def write(tx: Transaction) -> dict[str, object]:
+        started.set()
+        goes_on.wait(30)
+        return await agents.register(tx, "late")
+
+    async def look(connection: AsyncConnection) -> tuple[int, int]:
+        before = await connection.execute(count)
+        goes_on.set()
+        written.wait(30)
+        return before.scalar_one(), (await connection.execute(count)).scalar_one()
+
+    started, goes_on, written = threading.Event(), threading.Event(), threading.Event()
+    count = select(func.count()).select_from(schema.agents)
+    async with ledger_at(str(tmp_path / "escrow.db")) as ledger:
+        writing = asyncio.create_task(ledger.perform(write, caller=None))
+        writing.add_done_callback(lambda _: written.set())
+        await asyncio.to_thread(started.wait, 30)
+        assert await ledger.read(look) == (0, 0)
+        assert (await writing).status == 200
+        assert written.is_set()
+
+
+async def test_no_read_outlives_its_end(tmp_path: Path) -> None:
+    """Engines: however a read ends, it keeps no moment that the log would have to keep for it."""
+
+    async def blocked(connection: AsyncConnection) -> None:
+        await connection.execute(select(schema.service))
+        started.set()
+        goes_on.wait(30)
+
+    async def failed(connection: AsyncConnection) -> None:
+        await connection.execute(select(schema.service))
+        raise LookupError
+
+    started, goes_on = threading.Event(), threading.Event()
+    path = tmp_path / "escrow.db"
+    async with ledger_at(str(path)) as ledger:
+        reader = asyncio.create_task(ledger.read(blocked))
+        await asyncio.to_thread(started.wait, 30)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        with pytest.raises(LookupError):
+            await ledger.read(failed)
+        await ledger.perform(lambda tx: agents.register(tx, "new"), caller=None)
+        with closing(sqlite3.connect(path, timeout=0)) as stranger:
+            restart = "PRAGMA wal_checkpoint(RESTART)"
+            assert stranger.execute(restart).fetchone()[0] == 1
+            goes_on.set()
+            stranger.execute("PRAGMA busy_timeout = 30000")
+            assert stranger.execute(restart).fetchone()[0] == 0
 
 
 @pytest.mark.parametrize("kind", [InternalError, InterfaceError, OperationalError])

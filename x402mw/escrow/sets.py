@@ -90,8 +90,17 @@ def _is_postgresql(connection: AsyncConnection) -> bool:
 
 @cache
 def _sqlite_text(shape: Shape, count: int) -> str:
+    if count == 1 and shape.do is not Do.INSERT:
+        return _update_one(shape)
     row = f"({', '.join('?' * len(shape.columns))})"
     return _text(shape, f"VALUES {', '.join([row] * count)}")
+
+
+def _update_one(shape: Shape) -> str:
+    *changed, key = shape.columns
+    plus = "{0} + " if shape.do is Do.ADD else ""
+    sets = ", ".join(f"{name} = {plus.format(name)}?" for name in changed)
+    return f"UPDATE {shape.table.name} SET {sets} WHERE {key} = ?"  # noqa: S608 (own names)
 
 
 @cache
