@@ -189,6 +189,81 @@ async def test_who_never_answers_is_given_up(db: str, monkeypatch: pytest.Monkey
         await receiver.wait_for(count + 1)
 
 
+async def test_slow_receivers_of_some_keep_nobody_else_waiting(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fairness: of each agent few are on their way at once, of all its webhooks in turn."""
+    monkeypatch.setattr(queue, "AT_ONCE", 9)
+    async with receiving() as slow, hooked(db) as (m, receiver, _):
+        slow.behave = lambda _: "hang"
+        for each in (*[m.provider] * 19, m.buyer, m.buyer):
+            made = await m.post(each, "/webhooks", {"url": slow.url})
+            assert made.status_code == 201
+        async with receiving() as other:
+            await m.post(m.provider, "/webhooks", {"url": other.url})
+            names = [(await m.open("1"))["escrow_id"] for _ in range(3)]
+            await slow.wait_for(5)
+            # Not the 57 that hang, nor the one after the other: 4 of each agent, 10 seconds long.
+            await receiver.wait_for(1)
+            await asyncio.sleep(0.3)
+            assert 5 <= len(slow.got) <= 8
+            third = await m.escrow.new_agent("third")
+            await m.escrow.deposit(third.agent_id, "10")
+            async with receiving() as theirs:
+                await m.post(third, "/webhooks", {"url": theirs.url})
+                wish = {"to_agent_id": m.provider.agent_id, "amount": "1.00"}
+                assert (await m.post(third, "/escrow", wish)).status_code == 201
+                (told,) = await theirs.wait_for(1)
+                assert json.loads(told.body)["escrow_id"] not in names
+
+
+async def test_webhooks_of_others_cost_a_commit_nothing(db: str) -> None:
+    """Speed: what no webhook wants is only read, also while a delivery hangs; the lease is kept."""
+    async with hooked(db, events=["locked"]) as (m, receiver, _):
+        receiver.behave = lambda _: "hang"
+        await m.open()
+        await receiver.wait_for(1)
+        await asyncio.sleep(0.2)
+        rounds, aside = 0, m.escrow.ledger.write_aside
+
+        async def counted(work: Any) -> Any:
+            nonlocal rounds
+            rounds += 1
+            return await aside(work)
+
+        m.escrow.ledger.write_aside = counted
+        wish = {"to_agent_id": m.provider.agent_id, "amount": "0.01"}
+        for _ in range(20):
+            assert (await m.post(m.buyer, "/transfers", wish)).status_code == 201
+        await asyncio.sleep(0.1)
+        assert rounds == 0
+        async with reading(m.escrow.ledger) as connection:
+            was = (await connection.execute(select(schema.deliverer))).one()
+        await m.escrow.pass_time(queue.RENEW_SECONDS)
+        await asyncio.sleep(1.2)
+        async with reading(m.escrow.ledger) as connection:
+            row = (await connection.execute(select(schema.deliverer))).one()
+        assert row.held_until == was.held_until + queue.RENEW_SECONDS
+        assert row.cursor > was.cursor
+        m.escrow.ledger.write_aside = aside
+
+
+async def test_the_first_webhook_is_told_nothing_from_before(db: str) -> None:
+    """Events: while there is no webhook nobody reads the log for one, and the first begins now."""
+    async with receiving() as receiver, market(db, local_webhooks=True) as m:
+        for _ in range(3):
+            await m.open("1")
+        await subscribe(m, receiver)
+        async with reading(m.escrow.ledger) as connection:
+            cursor = (await connection.execute(select(schema.deliverer.c.cursor))).scalar_one()
+            head = (await connection.execute(select(schema.service.c.entry_seq))).scalar_one()
+        assert cursor >= head - 1
+        name = (await m.open("1"))["escrow_id"]
+        await receiver.wait_for(1)
+        await asyncio.sleep(0.2)
+        assert [json.loads(each.body)["escrow_id"] for each in receiver.got] == [name]
+
+
 async def test_two_secrets_while_one_is_replaced(db: str) -> None:
     """Security: for a day deliveries carry both signatures, then the new one only."""
     async with hooked(db) as (m, receiver, hook):
@@ -345,9 +420,9 @@ async def test_nothing_within_is_connected_to(url: str) -> None:
 
 async def test_a_name_that_changes_its_mind_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """SSRF: a name is resolved once and just that is connected to; one bad address is enough."""
-    loop, asked, connected = asyncio.get_running_loop(), [], []
+    asked, connected = [], []
 
-    async def resolve(host: str, port: int, **_: Any) -> list[Any]:
+    def resolve(host: str, port: int, **_: Any) -> list[Any]:
         asked.append(host)
         bad = ["8.8.8.8", "127.0.0.1"] if host == "mixed.example" else ["8.8.8.8"]
         bad = ["10.0.0.1"] if len(asked) > 1 and host == "rebinds.example" else bad
@@ -357,7 +432,7 @@ async def test_a_name_that_changes_its_mind_gains_nothing(monkeypatch: pytest.Mo
         connected.append(host)
         raise ConnectionRefusedError
 
-    monkeypatch.setattr(loop, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(posting.httpcore.AnyIOBackend, "connect_tcp", connect)
     poster = Poster(local=False)
     for host, told in (

@@ -1,7 +1,8 @@
 """The task that delivers webhooks: fills the queue from the log, sends what is due, notes the end.
 
-One process at a time does this, by a lease. Deliveries run beside each other; what they came to is
-noted together, so that many cost one commit.
+One process at a time does this, by a lease. Deliveries run beside each other, few of each agent, so
+that none takes the places of the others. What they came to is noted together, so that many cost one
+commit; a round that has nothing to write only reads.
 """
 
 import asyncio
@@ -9,6 +10,9 @@ import hashlib
 import hmac
 import logging
 import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Row
@@ -16,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow.events import queue
 from x402mw.escrow.events.derive import write_id
-from x402mw.escrow.events.news import Ear
+from x402mw.escrow.events.news import POLL_SECONDS, Ear
 from x402mw.escrow.events.posting import Outcome, Poster
 from x402mw.escrow.events.queue import Done
 from x402mw.escrow.ledger import Ledger
@@ -34,8 +38,12 @@ class Deliverer:
         self._ledger = ledger
         self._poster = poster
         self._name = secrets.token_hex(8)
-        self._running: dict[_Key, asyncio.Task[None]] = {}
+        # What is on its way or not yet noted, with its agent.
+        self._running: dict[_Key, tuple[str, asyncio.Task[None]]] = {}
         self._done: list[Done] = []
+        self._cursor = 0
+        self._held_since = -queue.RENEW_SECONDS
+        self._not_before = 0.0
         self._pruned = 0
 
     async def run(self) -> None:
@@ -56,44 +64,58 @@ class Deliverer:
 
     async def _gather(self) -> None:
         """Lets commits that follow each other closely be looked at together."""
-        if not (self._done or self._running):
+        if not self._done:
             await asyncio.sleep(GATHER_SECONDS)
 
     async def _step(self, ear: Ear) -> bool:
-        """One round; tells whether the log goes on at once."""
-        now = self._ledger.now()
-        idle = not (self._done or self._running)
-        if idle and not await self._ledger.read(lambda db: queue.has_work(db, now)):
+        """One round, which writes only if it must; tells whether the next one follows at once."""
+        now, room = self._ledger.now(), queue.AT_ONCE - len(self._running)
+        look = await self._ledger.read(lambda db: queue.look(db, self._cursor, now, room))
+        self._cursor = look.cursor
+        held = 0 <= now - self._held_since < queue.RENEW_SECONDS
+        if self._done or look.wanted or look.far or (not held and (look.due or self._running)):
+            return await self._take_turn(now)
+        self._start(look.due, ear)
+        return look.more
+
+    async def _take_turn(self, now: int) -> bool:
+        """Writes what is to be written; tells whether this process may."""
+        if time.monotonic() < self._not_before:
             return False
-        done, self._done, found = self._done, [], None
-        try:
-            found = await self._ledger.write_aside(lambda db: self._turn(db, done, now))
-        finally:
-            if found is None:
-                self._done = done + self._done
-        if found is None:
-            return False
-        more, due = found
+        done = list(self._done)
+        upto = await self._ledger.write_aside(lambda db: self._write(db, done, now))
+        if upto is None:
+            # Another process delivers, and sends again what was on its way here.
+            self._held_since = -queue.RENEW_SECONDS
+            self._not_before = time.monotonic() + POLL_SECONDS
+        else:
+            self._held_since, self._cursor = now, upto
+        del self._done[: len(done)]
         for noted in done:
             self._running.pop(_key(noted.row), None)
-        for row in due:
-            if _key(row) not in self._running:
-                self._running[_key(row)] = asyncio.create_task(self._deliver(row, ear))
-        return more
+        return upto is not None
 
-    async def _turn(
-        self, connection: AsyncConnection, done: list[Done], now: int
-    ) -> tuple[bool, list[Row[Any]]] | None:
-        """Whether the log goes on, and what is due; None if it is another process's turn."""
+    async def _write(self, connection: AsyncConnection, done: list[Done], now: int) -> int | None:
+        """Up to where deliveries are made; None if it is another process's turn."""
         if not await queue.hold(connection, self._name, now):
             return None
         await queue.settle(connection, done, now)
-        more = await queue.fill(connection, now)
-        due = await queue.find_due(connection, now)
+        upto = await queue.fill(connection, self._cursor, now)
         if now - self._pruned >= PRUNE_SECONDS:
             await queue.prune(connection, now)
             self._pruned = now
-        return more, due
+        return upto
+
+    def _start(self, due: Sequence[Row[Any]], ear: Ear) -> None:
+        """Sends what is due, as far as there is room; then the 10 seconds of each begin."""
+        taken = Counter(agent_id for agent_id, _ in self._running.values())
+        for row in due:
+            if len(self._running) == queue.AT_ONCE:
+                return
+            if _key(row) in self._running or taken[row.agent_id] == queue.AT_ONCE_PER_AGENT:
+                continue
+            taken[row.agent_id] += 1
+            self._running[_key(row)] = row.agent_id, asyncio.create_task(self._deliver(row, ear))
 
     async def _deliver(self, row: Row[Any], ear: Ear) -> None:
         headers = self._sign(row)
@@ -128,15 +150,18 @@ class Deliverer:
         }
 
     async def _stop(self) -> None:
-        for task in self._running.values():
+        tasks = [task for _, task in self._running.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._poster.close()
         await self._ledger.write_aside(self._let_go)
 
     async def _let_go(self, connection: AsyncConnection) -> None:
-        await queue.settle(connection, self._done, self._ledger.now())
-        await queue.let_go(connection, self._name)
+        now = self._ledger.now()
+        if await queue.hold(connection, self._name, now):
+            await queue.settle(connection, self._done, now)
+            await queue.let_go(connection, self._name)
 
 
 def _key(row: Row[Any]) -> _Key:

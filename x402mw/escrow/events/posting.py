@@ -9,6 +9,8 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import httpcore
@@ -16,7 +18,10 @@ import httpx
 
 SECONDS_MAX = 10
 ANSWER_BYTES_MAX = 1024
-CONNECTIONS_MAX = 64
+CONNECTIONS_MAX = 256
+"""As many as are on their way at once: none waits for another within its 10 seconds."""
+
+RESOLVING_MAX = 64
 _Options = Iterable[httpcore.SOCKET_OPTION]
 # Each of these carries an IPv4 address that it may lead to.
 _CARRIERS = tuple(
@@ -54,8 +59,9 @@ def is_loopback(text: str) -> bool:
 class _Checked(httpcore.AsyncNetworkBackend):
     """Connects to what a name resolves to, once all of that was allowed."""
 
-    def __init__(self, *, local: bool, plain: bool) -> None:
+    def __init__(self, names: Executor, *, local: bool, plain: bool) -> None:
         self._backend = httpcore.AnyIOBackend()
+        self._names = names
         self._local, self._plain = local, plain
 
     def _allows(self, address: str) -> bool:
@@ -73,7 +79,8 @@ class _Checked(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         """Resolves, checks, and connects to what was checked."""
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await loop.run_in_executor(self._names, ask)
         addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
         if not addresses or not all(map(self._allows, addresses)):
             raise Forbidden
@@ -93,6 +100,8 @@ class Poster:
         self._local = local
         self._context = context
         self._pools: dict[str, httpcore.AsyncConnectionPool] = {}
+        # Its own threads: names that take long to resolve keep nothing else of the service.
+        self._names = ThreadPoolExecutor(RESOLVING_MAX, "x402mw-names")
 
     async def post(self, url: str, headers: dict[str, str], body: bytes) -> Outcome:
         """Sends a body and says how that ended; never raises for what a receiver does."""
@@ -131,7 +140,7 @@ class Poster:
                 ssl_context=self._context,
                 max_connections=CONNECTIONS_MAX,
                 keepalive_expiry=30,
-                network_backend=_Checked(local=self._local, plain=scheme == "http"),
+                network_backend=_Checked(self._names, local=self._local, plain=scheme == "http"),
             )
         return self._pools[scheme]
 
@@ -139,6 +148,7 @@ class Poster:
         """Closes what is open."""
         for pool in self._pools.values():
             await pool.aclose()
+        self._names.shutdown(wait=False, cancel_futures=True)
 
 
 def _host(url: httpcore.URL) -> str:

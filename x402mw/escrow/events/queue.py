@@ -6,21 +6,24 @@ dies between two of them has lost nothing and delivers again what it had not not
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, bindparam, delete, func, select, update
+from sqlalchemy import Row, delete, func, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
 from x402mw.escrow.events.derive import Told
-from x402mw.escrow.events.log import find_head, read_events
+from x402mw.escrow.events.log import ENTRIES_AT_ONCE, read_events
 from x402mw.escrow.events.posting import Outcome
 from x402mw.escrow.events.webhooks import ACTIVE, DEAD, DELIVERED, FAILING, WAITING
 from x402mw.escrow.sets import Do, Set, Shape, write
 
 LEASE_SECONDS = 15
-AT_ONCE_PER_WEBHOOK = 8
+RENEW_SECONDS = 5
+AT_ONCE_PER_AGENT = 4
+AT_ONCE = 256
+UNWRITTEN_MAX = 5000
 RETRY_FIRST_SECONDS, RETRY_MOST_SECONDS = 5, 60 * 60
 GIVE_UP_SECONDS = 3 * 24 * 60 * 60
 KEPT_SECONDS = 14 * 24 * 60 * 60
@@ -30,9 +33,24 @@ _COLUMNS = (
     *("next_at", "outcome", "body", "created_at"),
 )
 # Made once: to build a statement costs more than to run it.
-_SINCE, _CURSOR = select(func.min(_HOOKS.c.since)), select(_ONE.c.cursor)
-_DUE = select(_SENT.c.seq).where(_SENT.c.next_at <= bindparam("now")).limit(1)
+_ANY, _CURSOR = select(_HOOKS.c.webhook_id).limit(1), select(_ONE.c.cursor)
+# Written out, because an index of some rows is not used for a value that is only bound.
+_IS_WAITING = _SENT.c.state == literal_column(f"'{WAITING}'")
 _NEW = Shape(Do.INSERT, _SENT, _COLUMNS)
+
+
+class Look(NamedTuple):
+    """What there is to do; up to `cursor` nobody wants any entry.
+
+    `wanted`: deliveries are to be made. `more`: the log goes on. `far`: the cursor in the database
+    is far behind.
+    """
+
+    cursor: int
+    wanted: bool = False
+    more: bool = False
+    far: bool = False
+    due: Sequence[Row[Any]] = ()
 
 
 class Done(NamedTuple):
@@ -57,36 +75,31 @@ async def let_go(connection: AsyncConnection, holder: str) -> None:
     await connection.execute(mine.values(holder="", held_until=0))
 
 
-async def has_work(connection: AsyncConnection, now: int) -> bool:
-    """Tells whether there is anything to make or to send."""
-    since = (await connection.execute(_SINCE)).scalar_one()
-    if since is None:
-        return False
+async def look(connection: AsyncConnection, since: int, now: int, room: int) -> Look:
+    """Reads what there is to make and to send, as little as it can, and changes nothing."""
     cursor = (await connection.execute(_CURSOR)).scalar_one()
-    if max(since, cursor) < await find_head(connection):
-        return True
-    return (await connection.execute(_DUE, {"now": now})).first() is not None
+    if (await connection.execute(_ANY)).first() is None:
+        return Look(cursor=since)
+    since = max(since, cursor)
+    wanted, upto = await _read_wanted(connection, since)
+    due = await find_due(connection, now) if room else []
+    return Look(
+        cursor=since if wanted else upto,
+        wanted=bool(wanted),
+        more=not wanted and upto - since >= ENTRIES_AT_ONCE,
+        far=upto - cursor >= UNWRITTEN_MAX,
+        due=due,
+    )
 
 
-async def fill(connection: AsyncConnection, now: int) -> bool:
-    """Makes deliveries of the next entries; tells whether there are more."""
-    hooks = (await connection.execute(select(_HOOKS))).all()
-    if not hooks:
-        return False
+async def fill(connection: AsyncConnection, since: int, now: int) -> int:
+    """Makes deliveries of the next entries; returns the number of the last of them.
+
+    Up to `since` the caller has seen that nobody wants any.
+    """
     cursor = (await connection.execute(_CURSOR)).scalar_one()
-    start = max(cursor, min(row.since for row in hooks))
-    events, upto = await read_events(connection, start)
-    by_agent = defaultdict[str, list[Row[Any]]](list)
-    for row in hooks:
-        by_agent[row.agent_id].append(row)
-    wanted = [
-        (hook.webhook_id, told)
-        for told in events
-        for party in told.parties
-        for hook in by_agent.get(party, ())
-        if _wants(hook, told)
-    ]
-    blocked = await _waiting(connection) if wanted else set()
+    wanted, upto = await _read_wanted(connection, max(since, cursor))
+    blocked = await _waiting(connection, wanted)
     rows = []
     for webhook_id, told in wanted:
         due = None if (webhook_id, told.escrow_id) in blocked else now
@@ -97,7 +110,30 @@ async def fill(connection: AsyncConnection, now: int) -> bool:
         )  # fmt: skip
     await write(connection, Set(_NEW, rows))
     await connection.execute(update(_ONE).values(cursor=upto))
-    return upto < await find_head(connection)
+    return upto
+
+
+async def _read_wanted(
+    connection: AsyncConnection, since: int
+) -> tuple[list[tuple[str, Told]], int]:
+    """The next events that webhooks want, and the last entry that was read for them.
+
+    Only webhooks of their parties are read: how many others there are makes no difference.
+    """
+    events, upto = await read_events(connection, since)
+    parties = {party for told in events for party in told.parties}
+    if not parties:
+        return [], upto
+    by_agent = defaultdict[str, list[Row[Any]]](list)
+    for row in await connection.execute(select(_HOOKS).where(_HOOKS.c.agent_id.in_(parties))):
+        by_agent[row.agent_id].append(row)
+    return [
+        (hook.webhook_id, told)
+        for told in events
+        for party in told.parties
+        for hook in by_agent.get(party, ())
+        if _wants(hook, told)
+    ], upto
 
 
 def _wants(hook: Row[Any], told: Told) -> bool:
@@ -108,24 +144,37 @@ def _wants(hook: Row[Any], told: Told) -> bool:
     )
 
 
-async def _waiting(connection: AsyncConnection) -> set[tuple[str, str]]:
-    # Of what waits, the first of each escrow has a time.
-    heads = select(_SENT.c.webhook_id, _SENT.c.escrow_id).where(_SENT.c.next_at.is_not(None))
-    return set(map(tuple, await connection.execute(heads.distinct())))
+async def _waiting(
+    connection: AsyncConnection, wanted: list[tuple[str, Told]]
+) -> set[tuple[str, str]]:
+    """Which of these webhooks wait to tell of which of these escrows."""
+    if not wanted:
+        return set()
+    query = select(_SENT.c.webhook_id, _SENT.c.escrow_id).where(
+        _IS_WAITING,
+        _SENT.c.webhook_id.in_({webhook_id for webhook_id, _ in wanted}),
+        _SENT.c.escrow_id.in_({told.escrow_id for _, told in wanted}),
+    )
+    return set(map(tuple, await connection.execute(query.distinct())))
 
 
 async def find_due(connection: AsyncConnection, now: int) -> list[Row[Any]]:
-    """What is due, at most so much of one webhook that the others get their turn."""
-    place = func.row_number().over(
-        partition_by=_SENT.c.webhook_id, order_by=(_SENT.c.next_at, _SENT.c.seq, _SENT.c.part)
+    """What is due: a few of each agent, of its webhooks in turn, and each agent's first before."""
+    order = _SENT.c.next_at, _SENT.c.seq, _SENT.c.part
+    place = func.row_number().over(partition_by=_SENT.c.webhook_id, order_by=order)
+    hooks = _HOOKS.c.agent_id, _HOOKS.c.url, _HOOKS.c.generation, _HOOKS.c.old_until
+    due = (
+        select(_SENT, *hooks, place.label("place"))
+        .join(_HOOKS, _HOOKS.c.webhook_id == _SENT.c.webhook_id)
+        .where(_SENT.c.next_at <= now)
+        .subquery()
     )
-    due = select(_SENT, place.label("place")).where(_SENT.c.next_at <= now).subquery()
-    query = (
-        select(due, _HOOKS.c.url, _HOOKS.c.generation, _HOOKS.c.old_until)
-        .join(_HOOKS, _HOOKS.c.webhook_id == due.c.webhook_id)
-        .where(due.c.place <= AT_ONCE_PER_WEBHOOK)
-        .order_by(due.c.next_at, due.c.seq)
-    )
+    later = due.c.place, due.c.next_at, due.c.seq, due.c.part
+    turn = func.row_number().over(partition_by=due.c.agent_id, order_by=later)
+    turns = select(due, turn.label("turn")).subquery()
+    query = select(turns).where(turns.c.turn <= AT_ONCE_PER_AGENT)
+    # What is on its way is still due.
+    query = query.order_by(turns.c.turn, turns.c.next_at, turns.c.seq).limit(2 * AT_ONCE)
     return list((await connection.execute(query)).all())
 
 
@@ -160,7 +209,7 @@ def wait_seconds(attempts: int) -> int:
 
 async def _go_on(connection: AsyncConnection, row: Row[Any], now: int, status: str) -> None:
     same = (_SENT.c.webhook_id == row.webhook_id) & (_SENT.c.escrow_id == row.escrow_id)
-    waiting = select(_SENT.c.seq, _SENT.c.part).where(same, _SENT.c.state == WAITING)
+    waiting = select(_SENT.c.seq, _SENT.c.part).where(same, _IS_WAITING)
     waiting = waiting.order_by(_SENT.c.seq, _SENT.c.part).limit(1)
     following = (await connection.execute(waiting)).first()
     if following is not None:
@@ -173,5 +222,5 @@ async def _go_on(connection: AsyncConnection, row: Row[Any], now: int, status: s
 
 async def prune(connection: AsyncConnection, now: int) -> None:
     """Forgets what was delivered or given up long ago."""
-    old = (_SENT.c.state != WAITING) & (_SENT.c.changed_at < now - KEPT_SECONDS)
+    old = ~_IS_WAITING & (_SENT.c.changed_at < now - KEPT_SECONDS)
     await connection.execute(delete(_SENT).where(old))

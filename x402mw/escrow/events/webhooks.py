@@ -4,7 +4,7 @@ import secrets
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import Row, delete, func, insert, select, tuple_, update
+from sqlalchemy import Row, delete, exists, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core import ids
@@ -18,7 +18,7 @@ WEBHOOKS_MAX = 20
 OLD_SECRET_SECONDS = 24 * 60 * 60
 ACTIVE, FAILING = "active", "failing"
 WAITING, DELIVERED, DEAD = "waiting", "delivered", "dead"
-_HOOKS, _SENT = schema.webhooks, schema.deliveries
+_HOOKS, _SENT, _ONE = schema.webhooks, schema.deliveries, schema.deliverer
 
 
 def check_url(url: str, *, local: bool) -> None:
@@ -60,6 +60,10 @@ async def create(
         "created_at": tx.now,
         "since": tx.service.entry_seq,
     }
+    # While there is no webhook nobody reads the log for one.
+    others = exists().where(_HOOKS.c.webhook_id.is_not(None))
+    ahead = update(_ONE).where(_ONE.c.cursor < row["since"], ~others)
+    await tx.connection.execute(ahead.values(cursor=row["since"]))
     await tx.connection.execute(insert(_HOOKS).values(row))
     tx.note("webhook_created", data={"webhook_id": webhook_id})
     secret = tx.signer.webhook_secret(webhook_id, 1)
