@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from x402mw.cli_shared import DATABASE, Database, check_exists, fail, run
+from x402mw.core.errors import Malformed
 from x402mw.core.strict import b64url_decode, loads_object
 from x402mw.core.tokens import open_key_set
 
@@ -48,13 +49,19 @@ def verify(
         except Broken as broken:
             typer.echo(str(broken))
             raise typer.Exit(1) from None
-    typer.echo(f"{verifier.entries} entries verify; signed up to entry {verifier.covered}")
+    signed = (
+        f"signed up to entry {verifier.covered}" if verifier.covered else "no checkpoint signs them"
+    )
+    typer.echo(f"{verifier.entries} entries verify; {signed}")
     if root_key is None:
         typer.echo("the root key was not compared: give --root or --keys", err=True)
 
 
 def _trusted(root: str | None, keys: Path | None) -> tuple[bytes | None, Mapping[str, bytes]]:
-    root_key = None if root is None else b64url_decode(root, 32)
+    try:
+        root_key = None if root is None else b64url_decode(root, 32)
+    except Malformed as error:
+        fail(f"--root: {error}")
     if keys is None:
         return root_key, {}
     answer = loads_object(keys.read_bytes())
@@ -106,7 +113,9 @@ def _verify_database(db: str, verifier: "Verifier") -> None:
     check_exists(db)
 
     async def read() -> None:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        shown = console.is_terminal
+        with Progress(console=console, transient=True, disable=not shown) as progress:
             async with visiting(db) as connection:
                 task = progress.add_task("verifying", total=await count_entries(connection))
                 async for item in read_chain(connection):

@@ -11,6 +11,8 @@ from x402mw.core.amounts import display
 if TYPE_CHECKING:
     from x402mw.escrow.statement import Statement
 
+_WIDE = 160
+
 
 def add_commands(app: typer.Typer, escrow: typer.Typer) -> None:
     """Adds the commands to the program and to its `escrow` group."""
@@ -49,23 +51,33 @@ def _as_json(found: "Statement") -> dict[str, object]:
 
 
 def _show(found: "Statement") -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    accounts = Table("asset", "accounts", title="Balances by class")
+    if not console.is_terminal:
+        # Where nobody's window ends, no column is folded.
+        console = Console(width=_WIDE)
+    accounts = Table("asset", "accounts", title="Balances by class", box=SIMPLE_HEAD)
     for column in ("number", "balance"):
         accounts.add_column(column, justify="right")
     for one in found.accounts:
         accounts.add_row(one.asset, one.kind, f"{one.number:,}", display(one.balance))
-    escrows = Table("asset", "kind", "status", title="Escrows by state")
+    escrows = Table(
+        *("asset", "kind", "status"),
+        title="Escrows by state",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+    )
     for column in ("number", "locked", "released", "refunded", "held", "disputed"):
-        escrows.add_column(column, justify="right")
+        escrows.add_column(column, justify="right", overflow="fold")
     for state in found.escrows:
         held = state.locked - state.released - state.refunded
         sums = (state.locked, state.released, state.refunded, held, state.disputed)
         escrows.add_row(
-            *(state.asset, state.kind, state.status, f"{state.number:,}"), *map(display, sums)
+            *(state.asset, state.kind, state.status.replace("_", " "), f"{state.number:,}"),
+            *map(display, sums),
         )
     console.print(accounts, escrows)
     for violation in found.violations:
@@ -110,7 +122,9 @@ def _copy(source: str, target: str) -> int:
     from x402mw.escrow import backup as copying
 
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,} rows"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("copying")
 
         def tell(table: str, rows: int) -> None:

@@ -25,11 +25,13 @@ caption { text-align: left; padding: .3rem 0 } tbody th { width: 17rem }
 .list tbody th { width: 25rem }
 small { opacity: .75; margin-left: .4rem } nav a { margin-right: 1rem }
 @media (max-width: 40rem) { table, tbody, tr, td, caption { display: block } thead { display: none }
-  tbody th { display: block; width: auto; border: 0; padding-bottom: 0 } h3 { font-size: 1rem } }
+  tbody th, .list tbody th { display: block; width: auto; padding-bottom: 0 }
+  tbody th, td:not(:last-child) { border: 0 } h3 { font-size: 1rem } }
 """
 _COMMANDS = """\
-In the commands `ESCROW` is the address of this page without its `/docs`, and `API_KEY` a key of
-yours; other names stand for ids that you know."""
+In the commands `ESCROW` is the address of this page without its `/docs`, `API_KEY` a key of yours,
+and `order-1` what you call this one operation: a fresh name for each, the same to repeat it. Other
+names stand for ids that you know."""
 
 _ENDS = ("objects", "problems")
 
@@ -260,7 +262,7 @@ def curl(
     if operation["x-scopes"]:
         lines.append('  -H "Authorization: Bearer $API_KEY"')
     if any(one["name"] == "Idempotency-Key" for one in operation["parameters"]):
-        lines.append('  -H "Idempotency-Key: $(uuidgen)"')
+        lines.append('  -H "Idempotency-Key: order-1"')
     if body is not None:
         sent = json.dumps(example(document, body))
         lines += ['  -H "Content-Type: application/json"', f"  -d '{sent}'"]
