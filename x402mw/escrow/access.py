@@ -75,6 +75,11 @@ _WORKING = (
 )
 
 
+_STILL = select(_KEYS.key_id).where(
+    _KEYS.key_id == bindparam("key_id"), _works_at(bindparam("now"))
+)
+
+
 async def find_principal(connection: AsyncConnection, api_key: str, now: int) -> Principal | None:
     """Who has this API key, if it still works."""
     found = await connection.execute(_BY_HASH, {"hash": hash_api_key(api_key), "now": now})
@@ -82,6 +87,13 @@ async def find_principal(connection: AsyncConnection, api_key: str, now: int) ->
     if row is None:
         return None
     return Principal(row.agent_id, row.tenant, row.mode, _read_scopes(row.scopes), row.key_id)
+
+
+async def check_key(tx: Transaction, key_id: str) -> None:
+    """Refuses a key that died since it let a request in: nothing is done after its end."""
+    found = await tx.connection.execute(_STILL, {"key_id": key_id, "now": tx.now})
+    if found.first() is None:
+        raise unauthorized()
 
 
 def describe(row: Any) -> dict[str, Any]:

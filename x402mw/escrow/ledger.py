@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from x402mw.core.amounts import display
 from x402mw.core.errors import AmountInvalid, ConfigurationError
 from x402mw.core.strict import b64url_encode, dumps
-from x402mw.escrow import books, database, deadlines, idempotency, modes, schema
+from x402mw.escrow import access, books, database, deadlines, idempotency, modes, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.events.news import News
 from x402mw.escrow.idempotency import Answer, Key
@@ -103,15 +103,28 @@ class Ledger:
         await tx.flush()
 
     async def perform(
-        self, operation: Operation, *, caller: str | None, key: Key | None = None, status: int = 200
+        self,
+        operation: Operation,
+        *,
+        caller: str | None,
+        key_id: str | None = None,
+        key: Key | None = None,
+        status: int = 200,
     ) -> Answer:
-        """Runs one operation for an agent and returns its answer, refusals included."""
+        """Runs one operation for an agent and returns its answer, refusals included.
+
+        `key_id` is the API key that let it in, and must still work when its turn comes.
+        """
+
+        async def decide(tx: Transaction) -> Answer:
+            if key_id is not None:
+                await access.check_key(tx, key_id)
+            return await _answer(tx, operation, caller, key, status)
+
         with self._alone(key):
             for attempts_left in reversed(range(ATTEMPTS_MAX)):
                 try:
-                    return await self._decide(
-                        lambda tx: _answer(tx, operation, caller, key, status)
-                    )
+                    return await self._decide(decide)
                 except DBAPIError as error:
                     if not (attempts_left and database.is_conflict(error)):
                         raise

@@ -24,6 +24,9 @@ PROBLEMS = {
     "body_too_large": Problem(
         (413,), "more bytes or values than a body may have", "send less, or in several requests"
     ),
+    "body_timeout": Problem(
+        (408,), "the body came too slowly", "send it again, with the same idempotency key"
+    ),
     "unsupported_media_type": Problem(
         (415,),
         "the body is said to be something else than plain JSON",

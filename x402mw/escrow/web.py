@@ -3,6 +3,7 @@
 Nothing about money is decided here. `docs/escrow.md` lists the answers.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
@@ -24,6 +25,7 @@ from x402mw.escrow.observing import REASON
 
 BODY_BYTES_MAX = 64 * 1024
 BODY_VALUES_MAX = 5000
+BODY_SECONDS_MAX = 30
 VALUE_BYTES = 128
 """Counted by commas before parsing: a body of tiny values would keep everyone waiting. A shorter
 body has fewer, one for so many bytes of its limit: 512 in what anybody may send."""
@@ -34,6 +36,8 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 _JSON = re.compile(
     r"application/([\w.!#$&^-]+\+)?json(\s*;\s*charset=(\"?)utf-?8\3)?\s*", re.ASCII | re.IGNORECASE
 )
+# The rest of the body is not read, so the connection cannot be used again.
+_CLOSE = {"Connection": "close"}
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -41,13 +45,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[str, Any]:
     """Reads a JSON object of limited size; no body at all is an empty object."""
-    raw = bytearray()
     if _announced_bytes(request) > bytes_max:
         raise _too_large(bytes_max)
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > bytes_max:
-            raise _too_large(bytes_max)
+    raw = await _collect(request, bytes_max)
     if raw:
         _check_media_type(request)
     values_max = min(BODY_VALUES_MAX, bytes_max // VALUE_BYTES)
@@ -57,6 +57,20 @@ async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[s
         return loads_object(bytes(raw)) if raw.strip() else {}
     except Malformed as error:
         raise Refused(400, "malformed", str(error)) from None
+
+
+async def _collect(request: Request, bytes_max: int) -> bytearray:
+    raw = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            async for chunk in request.stream():
+                raw += chunk
+                if len(raw) > bytes_max:
+                    raise _too_large(bytes_max)
+    except TimeoutError:
+        detail = f"a body is here within {BODY_SECONDS_MAX} seconds"
+        raise Refused(408, "body_timeout", detail, headers=_CLOSE) from None
+    return raw
 
 
 def _check_media_type(request: Request) -> None:
@@ -76,13 +90,8 @@ def _announced_bytes(request: Request) -> int:
 
 
 def _too_large(bytes_max: int) -> Refused:
-    # The rest of the body is not read, so the connection cannot be used again.
-    return Refused(
-        413,
-        "body_too_large",
-        f"a body has at most {bytes_max} bytes here",
-        headers={"Connection": "close"},
-    )
+    detail = f"a body has at most {bytes_max} bytes here"
+    return Refused(413, "body_too_large", detail, headers=_CLOSE)
 
 
 def parse(model: type[Model], value: dict[str, Any]) -> Model:

@@ -29,32 +29,32 @@ from x402mw.escrow.transactions import Transaction
 async def register_agent(request: Request) -> Response:
     """POST /agents. Its answer holds a secret, so it is never stored for another try."""
     body = web.parse(NewAgent, await web.read_body(request))
-    tenant = await _find_tenant(request, body)
+    tenant, key_id = await _find_tenant(request, body)
 
     async def register(tx: Transaction) -> dict[str, Any]:
         return await agents.register(
             tx, body.name, tenant=tenant, handle=body.handle, referral_code=body.referral_code
         )
 
-    answer = await find_ledger(request).perform(register, caller=None, status=201)
+    answer = await find_ledger(request).perform(register, caller=None, key_id=key_id, status=201)
     return web.respond(answer)
 
 
-async def _find_tenant(request: Request, body: NewAgent) -> str:
-    """The public tenant of the mode wished for, or that of the admin who asks."""
+async def _find_tenant(request: Request, body: NewAgent) -> tuple[str, str | None]:
+    """The public tenant of the mode wished for, or that of the admin who asks, and by which key."""
     if "authorization" not in request.headers:
-        return PUBLIC[body.mode or LIVE]
+        return PUBLIC[body.mode or LIVE], None
     admin = await authenticate(request)
     if access.ADMIN not in admin.scopes:
         raise access.lacking([access.ADMIN])
     if body.mode not in (None, admin.mode):
         raise Refused(409, "mode_mismatch", f"your tenant is {admin.mode}")
-    return admin.tenant
+    return admin.tenant, admin.key_id
 
 
 async def show_agent(request: Request) -> Response:
     """GET /agents/me."""
-    caller, ledger = await find_caller(request), find_ledger(request)
+    caller, ledger = find_caller(request), find_ledger(request)
     shown = await ledger.read_of(caller, lambda db: agents.describe(db, caller, ledger.now()))
     return JSONResponse(shown)
 

@@ -23,6 +23,7 @@ from x402mw.escrow.api.shared import (
     find_query,
     on_escrow,
     path_id,
+    perform,
     respond,
 )
 from x402mw.escrow.errors import Refused, not_found
@@ -42,7 +43,7 @@ async def create_escrow(request: Request) -> Response:
 
 async def list_escrows(request: Request) -> Response:
     """GET /escrow."""
-    caller, ledger = await find_caller(request), find_ledger(request)
+    caller, ledger = find_caller(request), find_ledger(request)
     query = find_query(request, EscrowPage)
     if query.agent_id not in (None, caller):
         raise not_found()
@@ -62,7 +63,7 @@ async def list_escrows(request: Request) -> Response:
 
 async def show_escrow(request: Request) -> Response:
     """GET /escrow/{id}."""
-    caller, ledger = await find_caller(request), find_ledger(request)
+    caller, ledger = find_caller(request), find_ledger(request)
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
 
     async def show(connection: AsyncConnection) -> dict[str, Any]:
@@ -74,12 +75,10 @@ async def show_escrow(request: Request) -> Response:
 
 async def renew_token(request: Request) -> Response:
     """POST /escrow/{id}/token. It moves no money, so an idempotency key is not looked at."""
-    caller = await find_caller(request)
+    caller = find_caller(request)
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     web.parse(bodies.Body, await web.read_body(request))
-    answer = await find_ledger(request).perform(
-        lambda tx: sessions.renew_token(tx, caller, escrow_id), caller=caller
-    )
+    answer = await perform(request, lambda tx: sessions.renew_token(tx, caller, escrow_id))
     return respond(request, answer)
 
 
@@ -123,7 +122,7 @@ async def _is_manual(tx: Transaction, caller: str, escrow_id: str) -> bool:
 
 async def close(request: Request) -> Response:
     """POST /escrow/{id}/close, by either party; the operation tells them apart."""
-    caller, ledger = await find_caller(request), find_ledger(request)
+    caller, ledger = find_caller(request), find_ledger(request)
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     value = await web.read_body(request)
     body = web.parse(bodies.Close, value)
@@ -131,7 +130,7 @@ async def close(request: Request) -> Response:
         raise Refused(422, "invalid_request", "a voucher comes with the amount to redeem")
     operation = await _closing(ledger, caller, escrow_id, body)
     key = web.idempotency_key(request, caller, value)
-    return respond(request, await ledger.perform(operation, caller=caller, key=key))
+    return respond(request, await perform(request, operation, key=key))
 
 
 async def _closing(ledger: Ledger, caller: str, escrow_id: str, body: bodies.Close) -> Operation:

@@ -78,7 +78,7 @@ def _telling(kind: str) -> Route:
 
 async def show_history(request: Request) -> Response:
     """GET /escrow/{id}/history: every entry about it, newest first."""
-    caller, ledger = await find_caller(request), find_ledger(request)
+    caller, ledger = find_caller(request), find_ledger(request)
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     query = find_query(request, Page)
 
@@ -98,7 +98,7 @@ async def show_history(request: Request) -> Response:
 
 async def stream_events(request: Request) -> Response:
     """GET /events: Server-Sent Events of the caller's escrows, from now or Last-Event-ID on."""
-    caller = await find_caller(request)
+    caller = find_caller(request)
     feed: Feed = request.app.state.feed
     escrow_id = find_query(request, OfEscrow).escrow_id
     if escrow_id is not None:

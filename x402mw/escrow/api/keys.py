@@ -11,7 +11,7 @@ from x402mw.escrow.access import KEY_ID, READ
 from x402mw.escrow.account_bodies import NewKey, Rotation
 from x402mw.escrow.api import account_answers as answers
 from x402mw.escrow.api.routes import Route, Routes
-from x402mw.escrow.api.shared import MANAGING, find_ledger, find_principal, path_id
+from x402mw.escrow.api.shared import MANAGING, find_ledger, find_principal, path_id, perform
 from x402mw.escrow.transactions import Transaction
 
 
@@ -60,12 +60,8 @@ async def _secretly(
     status: int = 200,
 ) -> Response:
     """Runs an operation whose answer may not be stored."""
-    caller = find_principal(request).agent_id
     body = web.parse(model, await web.read_body(request))
-    answer = await find_ledger(request).perform(
-        lambda tx: operation(tx, body), caller=caller, status=status
-    )
-    return web.respond(answer)
+    return web.respond(await perform(request, lambda tx: operation(tx, body), status=status))
 
 
 ROUTES: Routes = (

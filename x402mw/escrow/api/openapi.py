@@ -185,7 +185,7 @@ def codes_of(route: Route) -> set[str]:
     if "{" in route.path:
         codes |= {"not_found"}
     if route.method in WRITING:
-        codes |= {"malformed", "body_too_large", "unsupported_media_type"}
+        codes |= {"malformed", "body_too_large", "body_timeout", "unsupported_media_type"}
     if is_keyed(route):
         codes |= {"idempotency_running", "idempotency_mismatch"}
     return codes

@@ -9,7 +9,7 @@ from x402mw.escrow.access import PROVIDE
 from x402mw.escrow.api import answers
 from x402mw.escrow.api.queries import Changes
 from x402mw.escrow.api.routes import Route, Routes
-from x402mw.escrow.api.shared import find_caller, find_ledger, find_query
+from x402mw.escrow.api.shared import find_caller, find_ledger, find_query, perform
 from x402mw.escrow.ledger import Ledger
 
 REDEEM_BYTES_MAX = 1024 * 1024
@@ -17,13 +17,13 @@ REDEEM_BYTES_MAX = 1024 * 1024
 
 async def redeem(request: Request) -> Response:
     """POST /redeem."""
-    caller, ledger = await find_caller(request), find_ledger(request)
+    caller, ledger = find_caller(request), find_ledger(request)
     value = await web.read_body(request, REDEEM_BYTES_MAX)
     batch = web.parse(bodies.Redemption, value)
     key = web.idempotency_key(request, caller, value)
     judged = await judge(ledger, caller, batch.items)
-    answer = await ledger.perform(
-        lambda tx: redemption.redeem(tx, caller, batch, judged), caller=caller, key=key
+    answer = await perform(
+        request, lambda tx: redemption.redeem(tx, caller, batch, judged), key=key
     )
     return web.respond(answer)
 
@@ -38,9 +38,10 @@ async def judge(
 
 async def show_changes(request: Request) -> Response:
     """GET /changes."""
-    caller, ledger = await find_caller(request), find_ledger(request)
+    caller = find_caller(request)
     query = find_query(request, Changes)
-    answer = await ledger.perform(
+    answer = await perform(
+        request,
         lambda tx: redemption.show_changes(
             tx,
             caller,
@@ -49,7 +50,6 @@ async def show_changes(request: Request) -> Response:
             since=query.since,
             limit=query.limit,
         ),
-        caller=caller,
     )
     return web.respond(answer)
 

@@ -16,8 +16,8 @@ from x402mw.escrow.api import answers, dialects
 from x402mw.escrow.api.queries import Query, read_query
 from x402mw.escrow.api.routes import Endpoint, Route
 from x402mw.escrow.errors import not_found
-from x402mw.escrow.idempotency import Answer
-from x402mw.escrow.ledger import Ledger
+from x402mw.escrow.idempotency import Answer, Key
+from x402mw.escrow.ledger import Ledger, Operation
 from x402mw.escrow.transactions import Transaction
 
 _BEARER = "bearer "
@@ -75,7 +75,7 @@ def find_query(request: Request, _model: type[AnyQuery]) -> AnyQuery:
     return query
 
 
-async def find_caller(request: Request) -> str:
+def find_caller(request: Request) -> str:
     """The agent that `guard` let in."""
     return find_principal(request).agent_id
 
@@ -103,16 +103,23 @@ async def change(
 
     `value` is the body if it was read before; a `secret` answer is stored sealed.
     """
-    caller = await find_caller(request)
+    caller = find_caller(request)
     if value is None:
         value = await web.read_body(request)
     body = web.parse(model, value)
     key = web.idempotency_key(request, caller, value, secret=secret)
-    ledger = find_ledger(request)
-    answer = await ledger.perform(
-        lambda tx: operation(tx, caller, body), caller=caller, key=key, status=status
-    )
+    answer = await perform(request, lambda tx: operation(tx, caller, body), key=key, status=status)
     return respond(request, answer)
+
+
+async def perform(
+    request: Request, operation: Operation, *, key: Key | None = None, status: int = 200
+) -> Answer:
+    """Runs an operation of the caller, if its API key still works when its turn comes."""
+    principal = find_principal(request)
+    return await find_ledger(request).perform(
+        operation, caller=principal.agent_id, key_id=principal.key_id, key=key, status=status
+    )
 
 
 def respond(request: Request, answer: Answer) -> Response:

@@ -19,7 +19,7 @@ async def create_transfer(request: Request) -> Response:
 
 async def list_transfers(request: Request) -> Response:
     """GET /transfers."""
-    caller = await find_caller(request)
+    caller = find_caller(request)
     query = find_query(request, TransferPage)
     page = await find_ledger(request).read(
         lambda db: transfers.show_all(
@@ -31,7 +31,7 @@ async def list_transfers(request: Request) -> Response:
 
 async def show_transfer(request: Request) -> Response:
     """GET /transfers/{id}."""
-    caller = await find_caller(request)
+    caller = find_caller(request)
     transfer_id = path_id(request, "transfer_id", transfers.TRANSFER)
     ledger = find_ledger(request)
     return JSONResponse(await ledger.read(lambda db: transfers.show(db, caller, transfer_id)))

@@ -60,7 +60,7 @@ async def create_webhook(request: Request) -> Response:
 
 async def list_webhooks(request: Request) -> Response:
     """GET /webhooks."""
-    caller = await find_caller(request)
+    caller = find_caller(request)
     ledger = find_ledger(request)
     return JSONResponse(await ledger.read(lambda db: webhooks.show_all(db, caller)))
 
@@ -87,7 +87,7 @@ async def rotate_webhook(request: Request) -> Response:
 
 async def list_deliveries(request: Request) -> Response:
     """GET /webhooks/{id}/deliveries."""
-    caller = await find_caller(request)
+    caller = find_caller(request)
     webhook_id = path_id(request, "webhook_id", webhooks.WEBHOOK_ID)
     query = find_query(request, DeliveryPage)
     after = None if query.after is None else _event_number(query.after)
