@@ -13,6 +13,7 @@ from x402mw.escrow.access import KEYS_MAX, SCOPES
 
 pytestmark = pytest.mark.anyio
 KEYS = "/agents/me/keys"
+REVOKED = (409, "agent_revoked")
 
 
 async def keys_of(m: Market, agent: Agent) -> list[str]:
@@ -251,6 +252,28 @@ async def test_nobody_locks_for_a_revoked_provider(db: str) -> None:
             {"voucher": m.voucher(name, "2.00"), "amount": "2.00"}, agent=collecting
         )
         assert verdict["released"] == "2.00"
+
+
+async def test_nothing_more_is_locked_with_a_revoked_agent(db: str) -> None:
+    """L2: neither a top-up nor a token for a revoked provider, nor a top-up by a revoked buyer."""
+    async with market(db) as m:
+        hand = {"to_agent_id": m.provider.agent_id, "amount": "5.00"}
+        byhand = (await m.post(m.buyer, "/escrow", hand)).json()["escrow_id"]
+        session = (await m.open("5.00"))["escrow_id"]
+        other = await m.escrow.new_agent(balance="20.00")
+        theirs = (await m.post(other, "/escrow", hand)).json()["escrow_id"]
+        assert (await m.post(other, "/agents/me/revoke")).status_code == 200
+        other = await make_key(m, other, "spend")
+        more = {"amount": "1.00"}
+        assert code_of(await m.post(other, f"/escrow/{theirs}/topup", more)) == REVOKED
+        assert code_of(await m.post(other, "/faucet/claim")) == REVOKED
+        assert (await m.post(m.provider, "/agents/me/revoke")).status_code == 200
+        for name in (byhand, session):
+            assert code_of(await m.post(m.buyer, f"/escrow/{name}/topup", more)) == REVOKED
+            assert (await m.show(name))["amount"] == "5.00"
+        assert code_of(await m.post(m.buyer, f"/escrow/{session}/token")) == REVOKED
+        paid = await m.post(m.buyer, f"/escrow/{byhand}/release", more)
+        assert paid.json()["released"] == "1.00", "what was locked before goes on by its terms"
 
 
 async def test_what_happens_to_accounts_is_entered(db: str) -> None:

@@ -183,7 +183,8 @@ async def _mint(
 
 async def claim_faucet(tx: Transaction, agent_id: str, source: str) -> dict[str, Any]:
     """Gives a new agent its first money, once, within the limits per source and day."""
-    day, asset = tx.now // DAY_SECONDS, await asset_of(tx, agent_id)
+    # An agent whom the operator gave a key after its end collects what it has, and no more.
+    day, asset = tx.now // DAY_SECONDS, await meet(tx, agent_id, agent_id)
     mode, faucet = modes.mode_of(asset), modes.faucet(asset)
     terms = tx.settings.terms(mode)
     await _check_claim(tx, agent_id, source, day, mode)

@@ -109,6 +109,7 @@ async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -
     before = await as_buyer(tx, caller, escrow_id)
     grown = manual.top_up(before, amount)
     _check_time(tx, before, Event.TOP_UP)
+    await agents.meet(tx, caller, before.escrow.provider)
     await agents.check_funds(tx, caller, amount)
     return await keep(tx, before, grown, Event.TOP_UP)
 

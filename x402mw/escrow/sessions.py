@@ -130,6 +130,7 @@ async def _issue(tx: Transaction, escrow: Escrow) -> tuple[Escrow, str]:
 async def renew_token(tx: Transaction, caller: str, escrow_id: str) -> dict[str, Any]:
     """Issues a fresh token of an open session."""
     before = await _as_buyer(tx, caller, escrow_id)
+    await agents.meet(tx, caller, before.provider)
     after, token = await _issue(tx, before)
     return {**describe(tx.save(before, after, Event.TOKEN.value)), "token": token}
 
@@ -138,6 +139,7 @@ async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -
     """Locks more in an open session, and issues a token that says so."""
     before = await _as_buyer(tx, caller, escrow_id)
     grown = session.top_up(before, amount)
+    await agents.meet(tx, caller, before.provider)
     await agents.check_funds(tx, caller, amount)
     after, token = await _issue(tx, grown)
     return {**describe(tx.save(before, after, Event.TOP_UP.value)), "token": token}

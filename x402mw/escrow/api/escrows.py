@@ -186,7 +186,7 @@ ROUTES: Routes = (
         "Issues a fresh token of an open session.",
         answers.Session,
         bodies.Body,
-        refusals=f"{ON_ESCROW} session_ending",
+        refusals=f"{ON_ESCROW} session_ending agent_revoked",
         keyed=False,
     ),
     on_escrow(
