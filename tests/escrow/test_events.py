@@ -23,6 +23,7 @@ BUYER, PROVIDER, NAME = "ag_b", "ag_p", "esc_1"
 HOME, AWAY, HELD = agent_account(BUYER), agent_account(PROVIDER), f"escrow:{NAME}"
 LOCK, PAY = Transfer(HOME, HELD, Atomic(10)), Transfer(HELD, AWAY, Atomic(9))
 FEE, BACK = Transfer(HELD, "house:fees", Atomic(1)), Transfer(HELD, HOME, Atomic(5))
+HANDED = Transfer(AWAY, HOME, Atomic(3))
 
 
 @pytest.fixture
@@ -52,6 +53,15 @@ DERIVED: list[tuple[str, tuple[Transfer, ...], dict[str, Any], dict[str, str]]] 
      {"resolved": "0.000015", "released": "0.00001", "refunded": "0.000005"}),
     ("undecided", (BACK,), {}, {"resolved": "0.000005", "refunded": "0.000005"}),
     ("evidence", (), {}, {}),
+    ("deliver", (), {"part": 0}, {"delivered": "0.00"}),
+    ("reject", (), {"part": 0}, {"rejected": "0.00"}),
+    ("extend", (), {}, {"extended": "0.00"}),
+    ("return", (HANDED,), {}, {"returned": "0.000003"}),
+    ("approve", (PAY, FEE), {}, {"released": "0.00001"}),
+    ("condition", (PAY,), {"ended": "released"}, {"released": "0.000009", "closed": "0.00"}),
+    ("review_end", (PAY, FEE), {}, {"released": "0.00001"}),
+    ("settle", (PAY, BACK), {"ended": "released"}, {"released": "0.000009", "closed": "0.000005"}),
+    ("give_back", (BACK,), {}, {"refunded": "0.000005"}),
 ]  # fmt: skip
 
 
@@ -138,6 +148,45 @@ async def test_a_pause_is_said_and_moves_nothing(db: str) -> None:
         assert item["data"] == {"reason": "no cover"}
         await m.redeem({"escrow_id": name, "amount": "0", "final": True})
         assert code_of(await m.post(m.buyer, f"/escrow/{name}/resume")) == (409, "invalid_state")
+
+
+async def test_each_party_is_told_what_the_other_does(db: str) -> None:
+    """Manual escrows: deliveries with their review, rejections, why money went, what came back."""
+    async with market(db) as m:
+        wish = {"to_agent_id": m.provider.agent_id, "amount": "9.00", "review_seconds": 100}
+        parts = [{"name": name, "amount": "3.00"} for name in ("one", "two", "three")]
+        made = await m.post(m.buyer, "/escrow", {**wish, "milestones": parts})
+        path = f"/escrow/{made.json()['escrow_id']}"
+        late = (await m.post(m.buyer, f"{path}/extend", {"seconds": 3600})).json()["expires_at"]
+        verdicts = {"one": "approve", "two": "reject"}
+        for name in ("one", "two", "three"):
+            delivery = {"milestone": name, "proof": "here"}
+            assert (await m.post(m.provider, f"{path}/deliver", delivery)).status_code == 200
+            if name in verdicts:
+                body = {"milestone": name, "reason": "no"}
+                await m.post(m.buyer, f"{path}/{verdicts[name]}", body)
+        until = int(m.escrow.clock()) + 100
+        await m.post(m.provider, f"{path}/return", {"amount": "1"})
+        await m.escrow.pass_time(200)
+        async with listening(m, m.buyer, "0") as stream:
+            found = [event["data"] for event in await take(stream, 9)]
+    told = [(event["type"], event["kind"], event["amount"]) for event in found]
+    assert told == [
+        ("locked", "lock", "9.00"),
+        ("extended", "extend", "0.00"),
+        ("delivered", "deliver", "0.00"),
+        ("released", "approve", "3.00"),
+        ("delivered", "deliver", "0.00"),
+        ("rejected", "reject", "0.00"),
+        ("delivered", "deliver", "0.00"),
+        ("returned", "return", "1.00"),
+        ("released", "review_end", "3.00"),
+    ]
+    assert found[1]["data"] == {"expires_at": late}
+    assert found[3]["data"] == {"part": 1, "milestone": "one", "reason": "no"}
+    assert found[5]["data"] == {"part": 2, "milestone": "two", "reason": "no"}
+    assert found[6]["data"] == {"part": 3, "milestone": "three", "review_until": until}
+    assert found[8]["data"] == {"part": 3, "milestone": "three"}
 
 
 # The stream.

@@ -24,6 +24,8 @@ _DECIDED = {
     Event.RESOLVE: RESOLVED,
     Event.UNDECIDED: UNDECIDED,
 }
+_ABOUT_ONE = {Event.DELIVER, Event.REJECT, Event.APPROVE, Event.REVIEW_END}
+"""What happens to one part of an agreement."""
 
 
 # Made once: to build a statement costs more than to run it.
@@ -108,7 +110,8 @@ async def keep(
     **said: Any,
 ) -> Agreement:
     """Writes what an event changed, the last thing of an operation; `said` goes into its entry."""
-    data = {name: value for name, value in said.items() if value not in (None, "")}
+    told = {**said, **_tell_part(before, after, event)}
+    data = {name: value for name, value in told.items() if value not in (None, "")}
     escrow = tx.save(before.escrow, after.escrow, event.value, effective_at, data=data or None)
     if after.carry != before.carry:
         agreements = schema.agreements
@@ -125,6 +128,17 @@ async def keep(
     if after.dispute is None and before.dispute is not None:
         await _end_dispute(tx, before, after, event, said.get("arbiter"))
     return after._replace(escrow=escrow)
+
+
+def _tell_part(before: Agreement, after: Agreement, event: Event) -> dict[str, Any]:
+    """Which milestone this is about, and until when its delivery waits for an answer."""
+    if event not in _ABOUT_ONE:
+        return {}
+    for old, new in zip(before.parts, after.parts, strict=True):
+        if new != old:
+            until = new.review_until if event is Event.DELIVER else None
+            return {"part": new.number, "milestone": new.name, "review_until": until}
+    return {}
 
 
 def _part_row(escrow: Escrow, part: Part) -> dict[str, Any]:

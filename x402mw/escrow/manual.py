@@ -177,7 +177,8 @@ async def extend(tx: Transaction, caller: str, escrow_id: str, seconds: int) -> 
     expires_at = before.escrow.expires_at + seconds
     if expires_at > tx.now + EXPIRES_SECONDS_MAX:
         raise Refused(422, "invalid_request", "an escrow ends within a year")
-    return await keep(tx, before, manual.extend(before, expires_at), Event.EXTEND)
+    after = manual.extend(before, expires_at)
+    return await keep(tx, before, after, Event.EXTEND, expires_at=expires_at)
 
 
 # By the provider, or by either.

@@ -152,7 +152,7 @@ async def extend(tx: Transaction, caller: str, escrow_id: str, seconds: int) -> 
     after = session.extend(before, expires_at)
     if expires_at > tx.now + EXPIRES_SECONDS_MAX:
         raise Refused(422, "invalid_request", "a session ends within a year")
-    return _keep(tx, before, after, Event.EXTEND)
+    return _keep(tx, before, after, Event.EXTEND, expires_at=expires_at)
 
 
 async def release(
@@ -196,8 +196,12 @@ def close_as_provider(tx: Transaction, before: Escrow, proven: Atomic) -> dict[s
     return _keep(tx, before, after, Event.PROVIDER_CLOSE)
 
 
-def _keep(tx: Transaction, before: Escrow, after: Escrow, event: Event) -> dict[str, Any]:
-    return describe(before if after == before else tx.save(before, after, event.value))
+def _keep(
+    tx: Transaction, before: Escrow, after: Escrow, event: Event, **said: Any
+) -> dict[str, Any]:
+    if after == before:
+        return describe(before)
+    return describe(tx.save(before, after, event.value, data=said or None))
 
 
 async def _as_buyer(tx: Transaction, caller: str, escrow_id: str) -> Escrow:

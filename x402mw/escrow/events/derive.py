@@ -16,6 +16,7 @@ from x402mw.escrow.rules.values import Transfer, agent_account
 NAMES = (
     *("locked", "topped_up", "released", "refunded", "low_balance", "exhausted", "paused"),
     *("resumed", "closing", "closed", "expired", "disputed", "resolved", "revoked"),
+    *("delivered", "rejected", "returned", "extended"),
 )
 PAUSE, RESUME = "pause", "resume"
 REVOKED = "revoked"
@@ -25,6 +26,10 @@ _OF_KIND = {
     "top_up": "topped_up",
     PAUSE: "paused",
     RESUME: "resumed",
+    "deliver": "delivered",
+    "reject": "rejected",
+    "return": "returned",
+    "extend": "extended",
     "dispute": "disputed",
     "resolve": "resolved",
     "withdraw": "resolved",
@@ -109,6 +114,10 @@ def _back(move: Transfer, account: str, buyer: str) -> bool:
     return move.source == account and move.target == buyer
 
 
+def _beside(move: Transfer, account: str, buyer: str) -> bool:
+    return move.source != account and move.target == buyer
+
+
 def _moved(entry: Entry, buyer: str | None, which: Direction) -> int:
     if entry.escrow_id is None or buyer is None:
         return 0
@@ -120,6 +129,7 @@ _DIRECTIONS: dict[str, Sequence[Direction]] = {
     **dict.fromkeys(("locked", "topped_up"), (_in,)),
     "released": (_out,),
     "resolved": (_out, _back),
+    "returned": (_beside,),
     **dict.fromkeys(("refunded", "closed", "expired"), (_back,)),
 }
 
