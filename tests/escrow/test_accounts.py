@@ -225,7 +225,7 @@ async def test_no_lock_after_an_agent_was_revoked(db: str) -> None:
     async with market(db) as m:
         second = await make_key(m, m.buyer, "spend")
         locks = [m.post(agent, "/escrow", m.wish("1.00")) for agent in (m.buyer, second) * 8]
-        answers = await asyncio.gather(*locks[:8], m.post(second, "/agents/me/revoke"), *locks[8:])
+        answers = await asyncio.gather(*locks[:8], m.post(m.buyer, "/agents/me/revoke"), *locks[8:])
         assert answers[8].status_code == 200
         codes = {answer.status_code for answer in answers}
         assert codes <= {200, 201, 401, 409}
@@ -252,6 +252,20 @@ async def test_nobody_locks_for_a_revoked_provider(db: str) -> None:
             {"voucher": m.voucher(name, "2.00"), "amount": "2.00"}, agent=collecting
         )
         assert verdict["released"] == "2.00"
+
+
+async def test_a_key_that_may_less_ends_no_agent(db: str) -> None:
+    """Scopes: revoking an agent ends its keys, so it takes every scope that one of them has."""
+    async with market(db) as m:
+        spender, boss = await make_key(m, m.buyer, "spend"), await make_key(m, m.buyer, "admin")
+        for agent, lacking in ((spender, ["admin", "provide", "read"]), (m.buyer, ["admin"])):
+            answer = await m.post(agent, "/agents/me/revoke")
+            assert code_of(answer) == (403, "scope")
+            assert answer.json()["scopes"] == lacking
+        assert (await m.get(boss, "/admin/agents")).status_code == 200
+        whole = await make_key(m, m.buyer, *SCOPES)
+        assert (await m.post(whole, "/agents/me/revoke")).status_code == 200
+        assert not await works(m, boss)
 
 
 async def test_nothing_more_is_locked_with_a_revoked_agent(db: str) -> None:

@@ -56,6 +56,10 @@ async def test_every_route_with_every_scope(db: str) -> None:
             for method, path, scopes, *_ in GUARDED:
                 agent = await make_key(m, m.buyer, scope)
                 status, code = await ask(m, agent, method, filled(path, IDS))
+                if path == "/agents/me/revoke" and scope in scopes.split():
+                    # Then all the others of the agent's keys are asked for.
+                    assert (status, code) == (403, "scope")
+                    continue
                 refused = (status, code) == (403, "scope")
                 if refused == (scope in scopes.split()) or status >= 500:
                     wrong.append((scope, method, path, status, code))

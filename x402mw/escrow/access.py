@@ -274,6 +274,12 @@ async def _find_own(tx: Transaction, asker: Principal, key_id: str) -> Any:
     return row
 
 
+async def check_whole(tx: Transaction, asker: Principal) -> None:
+    """Refuses a key that may less than another of its agent: it would end that one too."""
+    rows = await tx.connection.execute(_WORKING, {"agent_id": asker.agent_id, "now": tx.now})
+    _check_reach(asker, frozenset().union(*(_read_scopes(row.scopes) for row in rows)))
+
+
 def _check_reach(asker: Principal, scopes: frozenset[str]) -> None:
     beyond = sorted(scopes - asker.scopes)
     if beyond:

@@ -71,8 +71,10 @@ async def show_handle(request: Request) -> Response:
 
 async def revoke_itself(request: Request) -> Response:
     """POST /agents/me/revoke."""
+    asker = find_principal(request)
 
     async def revoke(tx: Transaction, caller: str, _body: bodies.Body) -> dict[str, Any]:
+        await access.check_whole(tx, asker)
         return await sessions.revoke_agent(tx, caller, caller)
 
     return await change(request, bodies.Body, revoke)
