@@ -1,5 +1,7 @@
 """Deadlines: applied by whoever sees them first, postponed by outages. `docs/money.md` 6."""
 
+import asyncio
+
 import pytest
 from sqlalchemy import select
 
@@ -74,6 +76,50 @@ async def test_deadlines_are_found_by_their_index(db: str, of: deadlines.Of) -> 
         scans = [step for step in map(str, plan) if "SEARCH" in step or "Scan" in step]
     assert scans
     assert all("escrows_due" in step for step in scans), scans
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_pile_of_deadlines_holds_nobody_up(
+    db: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T2: whoever has much due waits for all of it; others have their turns in between."""
+    monkeypatch.setattr(deadlines, "SWEEP_ITEMS_MAX", 5)
+    async with market(db, balance="20.00") as m:
+        hand = {"to_agent_id": m.provider.agent_id, "amount": "1.00", "expires_in_seconds": 45}
+        for _ in range(17):
+            assert (await m.post(m.buyer, "/escrow", hand)).status_code == 201
+        other = await m.escrow.new_agent(balance="1.00")
+        m.escrow.clock.advance(46)
+        writer = m.escrow.ledger._writer
+        pay = {"to_agent_id": m.provider.agent_id, "amount": "20.00"}
+        async with writer:
+            first = (
+                m.get(m.buyer, "/agents/me")
+                if method == "GET"
+                else m.post(m.buyer, "/transfers", pay)
+            )
+            asked = [asyncio.create_task(first)]
+            await queued(writer, 1)
+            asked.append(
+                asyncio.create_task(m.post(other, "/transfers", {**pay, "amount": "1.00"}))
+            )
+            await queued(writer, 2)
+        answers = [await task for task in asked]
+        if method == "GET":
+            assert answers[0].json()["balance"] == "20.00"
+        assert [answer.status_code < 300 for answer in answers] == [True, True]
+        async with reading(m.escrow.ledger) as connection:
+            kinds = await connection.exec_driver_sql("SELECT kind FROM entries ORDER BY seq")
+            told = [kind for (kind,) in kinds if kind not in ("lock", "deposit")]
+        timed = "deadline"
+        assert told[:5] == [timed] * 5
+        assert told[5:] == ["transfer", *[timed] * 12, *(["transfer"] if method == "POST" else [])]
+
+
+async def queued(writer: asyncio.Lock, count: int) -> None:
+    """Waits until so many wait for the writer."""
+    while len(writer._waiters or ()) < count:  # noqa: ASYNC110 (a queue tells nobody)
+        await asyncio.sleep(0.001)
 
 
 async def test_a_late_deadline_is_stamped_with_its_own_time(db: str) -> None:

@@ -23,7 +23,7 @@ SKEW_SECONDS = 600
 """How far the clocks of hosts that share one database may be apart."""
 
 SWEEP_ITEMS_MAX = 500
-
+"""How many one transaction does: everybody else waits meanwhile."""
 
 NO_LIMIT = 2**31 - 1
 

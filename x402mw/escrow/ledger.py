@@ -31,6 +31,7 @@ from x402mw.escrow.transactions import Transaction
 
 Clock = Callable[[], float]
 Operation = Callable[[Transaction], Awaitable[dict[str, Any]]]
+Decide = Callable[[Transaction], Awaitable[Answer | None]]
 
 ATTEMPTS_MAX = 5
 READERS = 4
@@ -116,27 +117,34 @@ class Ledger:
         `key_id` is the API key that let it in, and must still work when its turn comes.
         """
 
-        async def decide(tx: Transaction) -> Answer:
+        async def decide(tx: Transaction) -> Answer | None:
             if key_id is not None:
                 await access.check_key(tx, key_id)
             return await _answer(tx, operation, caller, key, status)
 
         with self._alone(key):
-            for attempts_left in reversed(range(ATTEMPTS_MAX)):
-                try:
-                    return await self._decide(decide)
-                except DBAPIError as error:
-                    if not (attempts_left and database.is_conflict(error)):
-                        raise
+            # While too much is due for one transaction, others take their turns in between.
+            while (answer := await self._insist(decide)) is None:
+                pass
+            return answer
+
+    async def _insist(self, decide: Decide) -> Answer | None:
+        """Runs a transaction again when the database asks for that."""
+        for attempts_left in reversed(range(ATTEMPTS_MAX)):
+            try:
+                return await self._decide(decide)
+            except DBAPIError as error:
+                if not (attempts_left and database.is_conflict(error)):
+                    raise
         raise AssertionError("the last attempt returns or raises")
 
-    async def _decide(self, work: Callable[[Transaction], Awaitable[Answer]]) -> Answer:
+    async def _decide(self, work: Decide) -> Answer | None:
         """Does some work in the writing transaction; on SQLite all of it in one thread."""
         if self._thread is None:
             async with self.write() as tx:
                 return await work(tx)
 
-        async def within(connection: AsyncConnection) -> Answer:
+        async def within(connection: AsyncConnection) -> Answer | None:
             async with self._transaction(connection) as tx:
                 return await work(tx)
 
@@ -169,17 +177,22 @@ class Ledger:
         due, found = await self.read(look)
         if not (due and self._serving):
             return found
-        async with self.write() as tx:
-            await deadlines.apply(tx, agent)
+        await self._apply_all(agent)
         return await self.read(work)
 
-    async def sweep(self) -> None:
-        """What the background task does: heartbeat, deadlines of everyone, old answers."""
+    async def _apply_all(self, agent: str | None = None) -> None:
+        """Does what time has done, to escrows of one agent or of all, some in each transaction."""
         due = deadlines.SWEEP_ITEMS_MAX
         while due == deadlines.SWEEP_ITEMS_MAX:
             async with self.write() as tx:
-                due = await deadlines.apply(tx, limit=deadlines.SWEEP_ITEMS_MAX)
-                await idempotency.prune(tx)
+                due = await deadlines.apply(tx, agent, limit=deadlines.SWEEP_ITEMS_MAX)
+
+    async def sweep(self) -> None:
+        """What the background task does: heartbeat, deadlines of everyone, old answers."""
+        # First what commits whatever becomes of the deadlines: the heartbeat is in it.
+        async with self.write() as tx:
+            await idempotency.prune(tx)
+        await self._apply_all()
 
     async def rotate_keys(self) -> None:
         """Retires the signing key and starts the next; the serial of the key set rises."""
@@ -213,12 +226,17 @@ def _open_threads(engine: AsyncEngine, count: int, *, reading: bool) -> Threads 
 
 async def _answer(
     tx: Transaction, operation: Operation, caller: str | None, key: Key | None, status: int
-) -> Answer:
-    """Decides one operation inside its transaction; its answer commits with its effects."""
+) -> Answer | None:
+    """Decides one operation inside its transaction; its answer commits with its effects.
+
+    None if more may be due to the caller than one transaction does: then commit, and come again.
+    """
     if key is not None and (stored := await idempotency.find(tx, key)) is not None:
         return stored
     if caller is not None:
-        await deadlines.apply(tx, caller)
+        limit = deadlines.SWEEP_ITEMS_MAX
+        if await deadlines.apply(tx, caller, limit=limit) == limit:
+            return None
     tx.actor = caller
     try:
         answer = Answer(status, _text(await operation(tx)))
