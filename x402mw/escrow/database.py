@@ -1,7 +1,7 @@
 """Opens the database and brings its schema up to date: SQLite by a file, PostgreSQL by a URL.
 
 Transactions are short and decided under one lock: BEGIN IMMEDIATE on SQLite, a locked `service` row
-on PostgreSQL (READ COMMITTED). Only connections from `reading` begin without it.
+on PostgreSQL (READ COMMITTED). Only connections that read begin without it.
 """
 
 import logging
