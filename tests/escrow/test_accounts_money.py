@@ -10,11 +10,12 @@ from sqlalchemy import select
 from tests.escrow.market import Market, code_of, market
 from tests.escrow.operators import furnish, make_agent
 from tests.support.escrow import RECEIPT_KEY, Agent, reading
-from x402mw.core.amounts import AMOUNT_MAX, display, to_atomic
-from x402mw.escrow import modes, referrals, schema
+from x402mw.core.amounts import AMOUNT_MAX, Atomic, display, to_atomic
+from x402mw.escrow import banking, modes, referrals, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.rows import balance_of
 from x402mw.escrow.stats import coarse
+from x402mw.escrow.transactions import OPERATOR
 
 pytestmark = pytest.mark.anyio
 NOBODY = "ag_" + "0" * 32
@@ -125,6 +126,24 @@ async def test_the_operator_books_each_line_once(db: str) -> None:
         assert await m.balance(m.buyer) == "105.00"
         paid = await booked(m, operator, "withdrawals", "105.00", "line-2")
         assert paid.json()["balance"] == "0.00"
+
+
+async def test_each_booking_says_who_and_which_line(db: str) -> None:
+    """L7: the books name the clerk who booked a line, and the line; so does a command's entry."""
+    async with market(db) as m:
+        clerk = await make_agent(m, "operator", "admin")
+        for kind in ("deposits", "withdrawals"):
+            assert (await booked(m, clerk, kind, "5.00", kind)).status_code == 201
+        async with m.escrow.ledger.write() as tx:
+            await banking.book(tx, OPERATOR, "deposit", m.buyer.agent_id, Atomic(1), "by hand")
+        async with reading(m.escrow.ledger) as connection:
+            query = "SELECT kind, actor, data FROM entries WHERE data IS NOT NULL ORDER BY seq"
+            told = [tuple(row) for row in await connection.exec_driver_sql(query)]
+        assert told[-3:] == [
+            ("deposit", clerk.agent_id, '{"reference":"deposits"}'),
+            ("withdrawal", clerk.agent_id, '{"reference":"withdrawals"}'),
+            ("deposit", OPERATOR, '{"reference":"by hand"}'),
+        ]
 
 
 async def test_a_withdrawal_never_takes_what_is_not_there(db: str) -> None:

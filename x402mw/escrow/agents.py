@@ -118,20 +118,30 @@ def summarize(row: Row[Any]) -> dict[str, Any]:
 
 
 async def deposit(
-    tx: Transaction, agent_id: str, amount: Atomic, *, actor: str = OPERATOR
+    tx: Transaction,
+    agent_id: str,
+    amount: Atomic,
+    *,
+    actor: str = OPERATOR,
+    data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Books money that the operator received for an agent."""
+    """Books money that the operator received for an agent; `actor` is who says so."""
     if amount == 0:
         raise Refused(422, "invalid_request", "an amount of 0 moves nothing")
     asset = await asset_of(tx, agent_id)
-    await _mint(tx, "deposit", agent_account(agent_id), amount, asset, actor=actor)
+    await _mint(tx, "deposit", agent_account(agent_id), amount, asset, actor=actor, data=data)
     return await _balance_after(tx, agent_id)
 
 
 async def withdraw(
-    tx: Transaction, agent_id: str, amount: Atomic, *, actor: str = OPERATOR
+    tx: Transaction,
+    agent_id: str,
+    amount: Atomic,
+    *,
+    actor: str = OPERATOR,
+    data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Books money that the operator paid out to an agent."""
+    """Books money that the operator paid out to an agent; `actor` is who says so."""
     if amount == 0:
         raise Refused(422, "invalid_request", "an amount of 0 moves nothing")
     asset = await asset_of(tx, agent_id)
@@ -139,7 +149,7 @@ async def withdraw(
     await deadlines.apply(tx, agent_id, at=deadlines.last_alive(tx))
     await check_funds(tx, agent_id, amount)
     moves = [Transfer(agent_account(agent_id), modes.world(asset), amount)]
-    tx.post("withdrawal", moves, asset, actor=actor)
+    tx.post("withdrawal", moves, asset, actor=actor, data=data)
     return await _balance_after(tx, agent_id)
 
 
@@ -173,12 +183,13 @@ async def _mint(
     asset: str,
     *,
     actor: str | None = None,
+    data: dict[str, Any] | None = None,
 ) -> None:
     world = modes.world(asset)
     # Everything there is together stays below 2^63, so no single balance can ever overflow.
     if amount - await balance_of(tx.connection, world) > AMOUNT_MAX:
         raise Refused(409, "amount_out_of_range", "the books cannot hold so much money")
-    tx.post(kind, [Transfer(world, target, amount)], asset, actor=actor)
+    tx.post(kind, [Transfer(world, target, amount)], asset, actor=actor, data=data)
 
 
 async def claim_faucet(tx: Transaction, agent_id: str, source: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ async def book(
     """Books one line of a bank, named by a reference that no other line has."""
     await _check_new(tx, reference)
     move = agents.deposit if kind == DEPOSIT else agents.withdraw
-    answer = await move(tx, agent_id, amount)
+    answer = await move(tx, agent_id, amount, actor=operator, data={"reference": reference})
     row = {"reference": reference, "kind": kind, "agent_id": agent_id, "created_at": tx.now}
     await tx.insert(schema.bookings, {**row, "amount": amount, "operator": operator})
     return {**row, "amount": display(amount), "balance": answer["balance"]}
