@@ -222,8 +222,8 @@ async def test_what_a_rule_changes_is_written(db: str) -> None:
     made = []
     save = Transaction.save
 
-    def noting(tx: Transaction, *arguments: object) -> object:
-        made.append(save(tx, *arguments))  # type: ignore[arg-type]
+    def noting(tx: Transaction, *arguments: object, **named: object) -> object:
+        made.append(save(tx, *arguments, **named))  # type: ignore[arg-type]
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
