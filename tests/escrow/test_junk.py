@@ -1,6 +1,7 @@
 """Junk in every field: a clear problem with a 4xx status, never a 5xx, and nothing changed."""
 
 import json
+import re
 from decimal import Decimal
 from itertools import product
 from typing import Any
@@ -9,7 +10,11 @@ import anyio
 import pytest
 
 from tests.escrow.market import JOURNAL, SESSION_KEY, Market, code_of, market
+from tests.escrow.operators import make_key
+from tests.escrow.test_accounts_scopes import IDS, filled
+from x402mw.escrow.access import SCOPES
 from x402mw.escrow.agents import claim_source
+from x402mw.escrow.app import ROUTES
 
 pytestmark = pytest.mark.anyio
 
@@ -262,3 +267,26 @@ def test_low_order_and_malformed_keys_are_no_keys() -> None:
 def test_what_the_faucet_counts_as_one_source(host: str | None, source: str) -> None:
     """Contract: an address, or an IPv6 /64, is one source; loopback is exempt."""
     assert claim_source(host) == source
+
+
+NO_NAMES = ("%00", "abc%00", "esc_" + "0" * 32 + "%00", "%ED%A0%80", "%F0%9F%92%A9", "%0a", "a%2Fb")
+"""What names nothing, and what a database may fail on."""
+
+
+async def test_junk_in_every_part_of_every_path_and_query(db: str) -> None:
+    """Contract: junk in a path names nothing, and in a query it is refused: never a 5xx."""
+    async with market(db) as m:
+        agent, wrong = await make_key(m, m.buyer, *SCOPES), []
+        ids = {**IDS, "event_id": "1", "webhook_id": "wh_" + "0" * 32}
+        for route in ROUTES:
+            paths = [
+                filled(route.path, {**ids, name: junk})
+                for name, junk in product(re.findall(r"\{(\w+)\}", route.path), NO_NAMES)
+            ]
+            plain = filled(route.path, ids)
+            queries = [f"{plain}?{name}=%00" for name in route.query.model_fields]
+            for path in paths + queries:
+                answer = await m.http.request(route.method, path, json={}, headers=agent.headers)
+                if answer.status_code not in (404, 405, 422):
+                    wrong.append((route.method, path, answer.status_code))
+        assert wrong == []

@@ -23,8 +23,13 @@ Mode = Literal["live", "test"]
 Scope = Literal["read", "spend", "provide", "admin", "arbiter"]
 
 
+def is_handle(text: str) -> bool:
+    """Tells whether a text has the form of a handle; what has not is nobody's."""
+    return _HANDLE.fullmatch(text) is not None
+
+
 def _handle(text: str) -> str:
-    if not _HANDLE.fullmatch(text):
+    if not is_handle(text):
         raise ValueError("a handle has 3 to 40 of a-z, 0-9 and -")
     return text
 

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from x402mw.core import ids
 from x402mw.escrow import access, agents, bodies, sessions, web
 from x402mw.escrow.access import PROVIDE, READ, SPEND
-from x402mw.escrow.account_bodies import NewAgent
+from x402mw.escrow.account_bodies import NewAgent, is_handle
 from x402mw.escrow.api import account_answers as answers
 from x402mw.escrow.api.routes import OPEN, Route, Routes
 from x402mw.escrow.api.shared import (
@@ -63,6 +63,9 @@ async def show_handle(request: Request) -> Response:
     """GET /handles/{handle}: which agent of the caller's tenant is called so."""
     tenant = find_principal(request).tenant
     handle = request.path_params["handle"]
+    if not is_handle(handle):
+        # A database may fail on what no handle has, such as NUL.
+        raise not_found()
     row = await find_ledger(request).read(lambda db: find_by_handle(db, tenant, handle))
     if row is None:
         raise not_found()
