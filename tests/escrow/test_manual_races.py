@@ -255,7 +255,8 @@ async def test_a_condition_asks_for_the_proof_and_not_for_the_person(db: str) ->
             await lock(m, condition=CONDITION),
         )
         said = {"outcome": OUTCOME}
-        assert await refused(m, stranger, plain, "condition", **said) == (409, "no_condition")
+        assert await refused(m, stranger, plain, "condition", **said) == (404, "not_found")
+        assert await refused(m, m.provider, plain, "condition", **said) == (409, "no_condition")
         session = (await m.open())["escrow_id"]
         assert await refused(m, stranger, session, "condition", **said) == (404, "not_found")
         await make_tenant(m, "toys", "test")

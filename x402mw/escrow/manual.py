@@ -228,6 +228,8 @@ async def meet_condition(
     before = await agreements.load(tx.connection, escrow)
     row = await agreements.find_row(tx.connection, escrow_id)
     if not row.condition:
+        if caller not in (escrow.buyer, escrow.provider):
+            raise not_found()
         raise Refused(409, "no_condition", "this escrow was made without a condition")
     _check_outcome(row.condition, escrow_id, wish)
     _check_time(tx, before, Event.CONDITION)
