@@ -9,7 +9,8 @@ from x402mw_client.records import Answer
 from x402mw_client.webhooks import Event, WebhookRefused, read_event
 
 PAUSES_SECONDS = (0.0, 0.2, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 60.0, 60.0)
-"""Before each connection that follows another without an event between."""
+"""Before each connection that follows another which said nothing after its first words: a comment
+comes at once, the next ones while it lives."""
 
 SILENCE_SECONDS = 60.0
 """The escrow says something every 15 s; a connection that is silent for longer is dead."""
@@ -31,6 +32,7 @@ class EventStream:
         self._id: str | None = None
         self._data: list[str] = []
         self._attempts = 0
+        self._comments = 0
 
     @property
     def headers(self) -> dict[str, str]:
@@ -44,7 +46,8 @@ class EventStream:
             kind = type(self.problem).__name__
             raise EscrowUnavailable(f"the stream of events breaks off again and again ({kind})")
         # What a broken connection left unfinished comes again.
-        self._id, self._data, self._attempts = None, [], self._attempts + 1
+        self._id, self._data, self._comments = None, [], 0
+        self._attempts += 1
         return PAUSES_SECONDS[self._attempts - 1]
 
     def take(self, line: str) -> Event | None:
@@ -55,6 +58,10 @@ class EventStream:
             self._id = value
         elif name == "data":
             self._data.append(value)
+        elif line and not name:
+            self._comments += 1
+            # A quiet connection that lived for a while was no attempt in vain.
+            self._attempts = 1 if self._comments > 1 else self._attempts
         return None if line else self._finish()
 
     def _finish(self) -> Event | None:

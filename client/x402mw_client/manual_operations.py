@@ -80,7 +80,7 @@ def lock(
     `milestones` are amounts by their names, `payees` the fractions ("0.7") of agents that share
     what is earned. Whoever presents the outcome with `outcome_sha256` (hex), or one that
     `oracle_key` signed, has the money released. `referral_code` names who gets a part of the fee.
-    Below `low_balance` (default: a tenth of `amount`) the parties are told so, once.
+    At `low_balance` or below (default: a tenth of `amount`) the parties are told so, once.
     """
     condition = given(
         sha256=outcome_sha256, oracle_key=None if oracle_key is None else b64url_encode(oracle_key)

@@ -91,6 +91,16 @@ async def test_it_gives_up_when_nothing_comes(kind: str) -> None:
     assert escrow.asked == ["5", *["6.999"] * 3, *["7"] * 3]
 
 
+async def test_quiet_connections_that_live_are_none_in_vain(kind: str) -> None:
+    """What lived long enough for a second comment was healthy, however often that happens."""
+    quiet = HELLO + ":\n\n" * 3
+    escrow = Breaking(kind, *[quiet] * 9, told(7))
+    assert [event.id for event in await escrow.take(1)] == ["7"]
+    escrow = Breaking(kind, *[HELLO + ":\n\n"] * 9, told(7))
+    with pytest.raises(EscrowUnavailable):
+        await escrow.take(1)
+
+
 async def test_what_is_no_event_is_not_believed(kind: str) -> None:
     """Garbage in the stream ends the connection, and is no event."""
     escrow = Breaking(kind, "data: {}\n\n", "data: <html>\n\n", httpx.Response(502), told(7))
