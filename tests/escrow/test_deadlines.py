@@ -1,13 +1,14 @@
 """Deadlines: applied by whoever sees them first, postponed by outages. `docs/money.md` 6."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from sqlalchemy import select
 
 from tests.escrow.market import JOURNAL, code_of, market
 from tests.support.escrow import reading
-from x402mw.escrow import deadlines, schema
+from x402mw.escrow import agreements, deadlines, schema
 
 pytestmark = pytest.mark.anyio
 T0 = 1_800_000_000
@@ -114,6 +115,35 @@ async def test_a_pile_of_deadlines_holds_nobody_up(
         timed = "deadline"
         assert told[:5] == [timed] * 5
         assert told[5:] == ["transfer", *[timed] * 12, *(["transfer"] if method == "POST" else [])]
+
+
+async def test_one_escrow_that_fails_keeps_no_other_waiting(
+    db: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """T2: a sweep goes on past what cannot be applied, says so, and keeps the service alive."""
+    async with market(db) as m:
+        hand = {"to_agent_id": m.provider.agent_id, "amount": "1.00", "expires_in_seconds": 40}
+        made = [(await m.post(m.buyer, "/escrow", hand)).json()["escrow_id"] for _ in range(5)]
+        works = agreements.pass_time
+
+        async def pass_time(tx: Any, agreement: Any, now: int, since: int = 0) -> Any:
+            if agreement.escrow.escrow_id == made[2]:
+                raise ZeroDivisionError
+            return await works(tx, agreement, now, since)
+
+        monkeypatch.setattr(agreements, "pass_time", pass_time)
+        m.escrow.clock.advance(41)
+        await m.escrow.ledger.sweep()
+        async with reading(m.escrow.ledger) as connection:
+            found = await connection.execute(
+                select(schema.escrows.c.escrow_id, schema.escrows.c.status)
+            )
+            ended = {name for name, status in found if status == "refunded"}
+            alive = (await connection.execute(select(schema.service.c.heartbeat))).scalar_one()
+        assert ended == set(made) - {made[2]}
+        assert alive == m.escrow.ledger.now()
+        (told,) = [r for r in caplog.records if getattr(r, "event", "") == "deadline_failed"]
+        assert told.escrow == made[2]
 
 
 async def queued(writer: asyncio.Lock, count: int) -> None:

@@ -6,6 +6,7 @@ runs it again when the database asks for that. Readers see a moment of their own
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from x402mw.escrow.errors import Refused
 from x402mw.escrow.events.news import News
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
+from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules.session import UP_GRACE_SECONDS
 from x402mw.escrow.rules.table import InvalidState, NotCovered
 from x402mw.escrow.settings import Settings
@@ -32,6 +34,8 @@ from x402mw.escrow.transactions import Transaction
 Clock = Callable[[], float]
 Operation = Callable[[Transaction], Awaitable[dict[str, Any]]]
 Decide = Callable[[Transaction], Awaitable[Answer | None]]
+
+_log = logging.getLogger("x402mw.escrow")
 
 ATTEMPTS_MAX = 5
 READERS = 4
@@ -192,7 +196,26 @@ class Ledger:
         # First what commits whatever becomes of the deadlines: the heartbeat is in it.
         async with self.write() as tx:
             await idempotency.prune(tx)
-        await self._apply_all()
+        try:
+            await self._apply_all()
+        except Exception as error:
+            if database.is_unavailable(error):
+                raise
+            await self._apply_each()
+
+    async def _apply_each(self) -> None:
+        """One by one what time has done, so that one escrow that fails keeps no other waiting."""
+        query = deadlines.due_query(deadlines.Of.ALL)
+        values = {"now": self.now(), "limit": deadlines.NO_LIMIT}
+        for escrow in await self.read(lambda db: fetch_escrows(db, query, values)):
+            try:
+                async with self.write() as tx:
+                    await deadlines.apply_to_one(tx, escrow.escrow_id)
+            except Exception as error:
+                if database.is_unavailable(error):
+                    raise
+                extra = {"event": "deadline_failed", "escrow": escrow.escrow_id}
+                _log.exception("a deadline could not be applied", extra=extra)
 
     async def rotate_keys(self) -> None:
         """Retires the signing key and starts the next; the serial of the key set rises."""
