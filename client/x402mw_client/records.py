@@ -321,6 +321,7 @@ class Webhook(Answer):
     events: list[str]
     escrow_id: str | None = None
     status: str
+    key_id: str | None = None
     created_at: int
 
 

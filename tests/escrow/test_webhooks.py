@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.escrow.market import Market, code_of, joined, market
-from tests.support.escrow import MovingClock, escrow_process, reading
+from tests.support.escrow import Agent, MovingClock, escrow_process, reading
 from tests.support.receiver import Delivery, Receiver, receiving
 from tests.support.serving import serving
 from x402mw.escrow import schema
@@ -284,6 +284,88 @@ async def test_two_secrets_while_one_is_replaced(db: str) -> None:
             verify(hook["secret"], later.headers, later.body, now)
 
 
+@pytest.mark.parametrize("how", ["revoked", "rotated", "handed on"])
+async def test_a_webhook_ends_with_the_key_that_made_it(db: str, how: str) -> None:
+    """Security: who had a key that leaked is told nothing more; a key's successor has its own."""
+    async with hooked(db) as (m, receiver, mine), receiving() as theirs:
+        made = (await m.post(m.buyer, "/agents/me/keys", {"scopes": ["spend", "read"]})).json()
+        leaked = Agent(m.buyer.agent_id, made["api_key"])
+        hook = (await m.post(leaked, "/webhooks", {"url": theirs.url})).json()
+        assert hook["key_id"] == made["key_id"] != mine["key_id"]
+        await m.open("1")
+        await theirs.wait_for(1)
+        path = f"/agents/me/keys/{made['key_id']}"
+        if how == "revoked":
+            answer = await m.http.delete(path, headers=m.buyer.headers)
+        else:
+            grace = {"grace_seconds": 60 if how == "handed on" else 0}
+            answer = await m.post(m.buyer, f"{path}/rotate", grace)
+        assert answer.is_success
+        await m.open("1")
+        await receiver.wait_for(2)
+        await asyncio.sleep(0.3)
+        left = {each["webhook_id"]: each for each in (await shown(m))}
+        if how == "handed on":
+            await theirs.wait_for(2)
+            assert left[hook["webhook_id"]]["key_id"] == answer.json()["key_id"]
+        else:
+            assert len(theirs.got) == 1
+            assert list(left) == [mine["webhook_id"]]
+
+
+async def shown(m: Market) -> list[dict[str, Any]]:
+    """The buyer's webhooks."""
+    return list((await m.get(m.buyer, "/webhooks")).json()["items"])
+
+
+async def test_a_webhook_ends_with_its_agent(db: str) -> None:
+    """Security: of an agent that was revoked its end is told, what comes after is not."""
+    async with hooked(db) as (m, receiver, hook):
+        wish = {"to_agent_id": m.provider.agent_id, "amount": "2.00"}
+        name = (await m.post(m.buyer, "/escrow", wish)).json()["escrow_id"]
+        await m.open("1")
+        assert (await m.post(m.buyer, "/agents/me/revoke")).status_code == 200
+        assert (await m.post(m.provider, f"/escrow/{name}/pause")).status_code == 200
+        await receiver.wait_for(5)
+        await asyncio.sleep(0.3)
+        told = [json.loads(each.body) for each in receiver.got]
+        assert {(event["type"], event["kind"]) for event in told} == {
+            *(("locked", "lock"), ("revoked", "agent_revoked")),
+            *(("revoked", "revoke"), ("closing", "revoke")),
+        }
+        query = select(schema.webhooks.c.webhook_id)
+        async with reading(m.escrow.ledger) as connection:
+            assert (await connection.execute(query)).scalars().all() == [hook["webhook_id"]]
+        now = m.escrow.ledger.now()
+        await m.escrow.ledger.write_aside(lambda db: queue.prune(db, now))
+        async with reading(m.escrow.ledger) as connection:
+            assert (await connection.execute(query)).first() is None
+
+
+async def test_what_waits_behind_another_is_not_sent_before_it(db: str) -> None:
+    """Order: sending an event again never overtakes an earlier one of its escrow."""
+    async with hooked(db) as (m, receiver, hook):
+        receiver.behave = lambda _: "fail"
+        name = (await m.open("1"))["escrow_id"]
+        await receiver.wait_for(1)
+        for action in ("pause", "resume"):
+            await m.post(m.buyer, f"/escrow/{name}/{action}")
+
+        async def made() -> bool:
+            return len(await deliveries(m, hook)) == 3
+
+        await until(made)
+        path = f"/webhooks/{hook['webhook_id']}/deliveries"
+        later, _, first = [each["event_id"] for each in await deliveries(m, hook)]
+        answer = await m.post(m.buyer, f"{path}/{later}/redeliver")
+        assert code_of(answer) == (409, "waits_its_turn")
+        receiver.behave = lambda _: "ok"
+        receiver.got.clear()
+        assert (await m.post(m.buyer, f"{path}/{first}/redeliver")).status_code == 200
+        told = [json.loads(each.body)["type"] for each in await receiver.wait_for(3)]
+        assert told == ["locked", "paused", "resumed"]
+
+
 async def test_a_webhook_belongs_to_its_agent(db: str) -> None:
     """Security: another agent sees, changes and deletes nothing of a webhook; its end is an end."""
     async with hooked(db) as (m, receiver, hook):
@@ -382,6 +464,8 @@ NOT_PUBLIC = [
     *("::", "::1", "fe80::1", "fe80::1%1", "fc00::1", "fd12::1", "fec0::1", "ff02::1"),
     *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:db8::1"),
     *("2001:0:7f00:1::", "100::1", "::ffff:169.254.169.254"),
+    *("::7f00:1", "::8.8.8.8", "::ffff:0:7f00:1", "3fff::1", "5f00::1", "192.88.99.1"),
+    *("192.0.0.8", "192.0.0.9", "192.0.0.170", "::ffff:192.88.99.1"),
 ]
 
 
@@ -414,6 +498,18 @@ async def test_nothing_within_is_connected_to(url: str) -> None:
     await poster.close()
     assert (outcome.delivered, outcome.text) in (
         (False, "the address is not public"),
+        (False, "the name does not resolve"),
+    )
+
+
+@pytest.mark.parametrize("url", ["https://a..b/", "https://b\u00fc.example/", "https://a b/"])
+async def test_a_url_that_cannot_work_is_no_failure_here(url: str) -> None:
+    """Webhooks from before such URLs were refused: the outcome says so, and nothing is raised."""
+    poster = Poster(local=False)
+    outcome = await poster.post(url, {}, b"{}")
+    await poster.close()
+    assert (outcome.delivered, outcome.text) in (
+        (False, "there can be no such host"),
         (False, "the name does not resolve"),
     )
 
@@ -451,6 +547,10 @@ async def test_a_name_that_changes_its_mind_gains_nothing(monkeypatch: pytest.Mo
     [
         *("http://example.com/", "ftp://example.com/", "https://u:p@example.com/", "https:///x"),
         *("https://example.com/#x", "https://example.com:99999/", "https://[/", "junk", ""),
+        *("https://a b.example/", "https://a..b/", "https://.example/", f"https://{'a' * 64}.b/"),
+        *("https://b\u00fccher.example/", "https://b.example/\u00fc", "https://b.example/a b"),
+        *(f"https://{'a.' * 127}b/", "https://-a.example/", "https://[fe80::1%251]/"),
+        *("https://[v1.a]/", "https://a%20b/", "https://a\\b/"),
     ],
 )
 async def test_what_is_no_target_is_refused_when_made(db: str, url: str) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from x402mw.core import ids
 from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.events.ends import end_of_key, hand_on
 from x402mw.escrow.transactions import OPERATOR, Transaction
 
 READ, SPEND, PROVIDE, ADMIN, ARBITER = "read", "spend", "provide", "admin", "arbiter"
@@ -195,6 +196,11 @@ async def rotate_key(
     made = await issue(tx, asker.agent_id, asker.mode, row.scopes.split(), row.name)
     ends = {"expires_at": tx.now + grace_seconds} if grace_seconds else {"revoked_at": tx.now}
     await _end(tx, _KEYS.key_id == key_id, ends)
+    # Without grace the old key may have leaked: what it made goes with it.
+    if grace_seconds:
+        await hand_on(tx, key_id, made["key_id"])
+    else:
+        await end_of_key(tx, key_id)
     more = {"successor": made["key_id"], "grace_seconds": grace_seconds}
     _note(tx, "key_rotated", asker, key_id, **more)
     return {**made, "replaces": key_id, "replaced_until": tx.now + grace_seconds}
@@ -210,6 +216,7 @@ async def revoke_key(tx: Transaction, asker: Principal, key_id: str) -> dict[str
     if row.revoked_at is None:
         await _check_others(tx, asker.agent_id, key_id)
         await _end(tx, _KEYS.key_id == key_id, {"revoked_at": tx.now})
+        await end_of_key(tx, key_id)
         _note(tx, "key_revoked", asker, key_id)
     return {**describe(row), "revoked_at": row.revoked_at or tx.now}
 

@@ -157,6 +157,11 @@ PROBLEMS = {
     "too_many_webhooks": Problem(
         (409,), "an agent has few webhooks", "delete one that you do not use"
     ),
+    "waits_its_turn": Problem(
+        (409,),
+        "an earlier event of the same escrow comes first",
+        "redeliver that one, or wait until it is delivered or given up",
+    ),
     "key_ending": Problem(
         (409,), "this key was rotated or revoked", "use the key that replaces it"
     ),

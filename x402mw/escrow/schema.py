@@ -137,10 +137,11 @@ faucet_claims = _table("faucet_claims", text="agent_id source mode", numbers="da
 
 webhooks = _table(
     "webhooks",
-    text="webhook_id agent_id url events status escrow_id",
-    numbers="created_at since generation old_until",
-    nullable="escrow_id old_until",
+    text="webhook_id agent_id url events status escrow_id key_id",
+    numbers="created_at since generation old_until last_entry",
+    nullable="escrow_id key_id old_until last_entry",
 )
+"""Whom to tell, from after the entry `since`; up to `last_entry` if the agent has ended."""
 
 deliveries = _table(
     "deliveries",

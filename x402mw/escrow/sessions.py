@@ -19,6 +19,7 @@ from x402mw.core.tokens import SessionToken
 from x402mw.escrow import access, agents, modes, referrals, schema
 from x402mw.escrow.bodies import EXPIRES_SECONDS_MAX, NewEscrow
 from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.events.ends import end_of_agent
 from x402mw.escrow.rows import fetch_escrows, find_escrow
 from x402mw.escrow.rules import session
 from x402mw.escrow.rules.table import Event
@@ -174,7 +175,9 @@ def close_as_buyer(tx: Transaction, before: Escrow) -> dict[str, Any]:
 async def revoke_agent(tx: Transaction, agent_id: str, actor: str) -> dict[str, Any]:
     """Ends an agent, and starts closing what it still buys by vouchers."""
     answer = await access.revoke_agent(tx, agent_id, actor)
-    return {**answer, "sessions_closing": await _revoke_all(tx, agent_id, actor)}
+    closing = await _revoke_all(tx, agent_id, actor)
+    await end_of_agent(tx, agent_id)
+    return {**answer, "sessions_closing": closing}
 
 
 async def _revoke_all(tx: Transaction, buyer: str, actor: str) -> int:

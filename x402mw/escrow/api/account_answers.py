@@ -209,13 +209,14 @@ class Transfers(Answer):
 
 
 class Webhook(Answer):
-    """A webhook; no `events` means all of them."""
+    """A webhook; no `events` means all of them. It ends with the key that made it."""
 
     webhook_id: WebhookId
     url: str
     events: list[str]
     escrow_id: EscrowId | None
-    status: Literal["active", "failing"]
+    status: Literal["active", "failing", "ended"]
+    key_id: KeyId | None
     created_at: Seconds
 
 

@@ -15,6 +15,7 @@ from x402mw.escrow.api.shared import (
     change,
     find_caller,
     find_ledger,
+    find_principal,
     find_query,
     path_id,
 )
@@ -50,10 +51,11 @@ class NewWebhook(Body):
 
 async def create_webhook(request: Request) -> Response:
     """POST /webhooks."""
+    key_id = find_principal(request).key_id
 
     async def create(tx: Transaction, caller: str, body: NewWebhook) -> dict[str, Any]:
         events = tuple(dict.fromkeys(body.events))
-        return await webhooks.create(tx, caller, body.url, events, body.escrow_id)
+        return await webhooks.create(tx, caller, body.url, events, body.escrow_id, key_id=key_id)
 
     return await change(request, NewWebhook, create, status=201, secret=True)
 
@@ -154,5 +156,6 @@ ROUTES: Routes = (
         "Sends one event again as soon as possible.",
         answers.SentEvent,
         Body,
+        refusals="waits_its_turn",
     ),
 )

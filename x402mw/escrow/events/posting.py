@@ -25,7 +25,17 @@ RESOLVING_MAX = 64
 _Options = Iterable[httpcore.SOCKET_OPTION]
 # Each of these carries an IPv4 address that it may lead to.
 _CARRIERS = tuple(
-    map(ipaddress.ip_network, ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+    map(
+        ipaddress.ip_network,
+        (
+            *("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"),
+            *("::/96", "::ffff:0:0:0/96"),
+        ),
+    )
+)
+# Not for the open internet, whatever an older list of the language says.
+_SPECIAL = tuple(
+    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16"))
 )
 
 
@@ -48,6 +58,8 @@ def is_public(text: str) -> bool:
             return is_public(str(address.ipv4_mapped))
         if any(address in network for network in _CARRIERS) or address.is_site_local:
             return False
+    if any(address in network for network in _SPECIAL):
+        return False
     return address.is_global and not address.is_multicast
 
 
@@ -116,12 +128,14 @@ class Poster:
             return Outcome(delivered=False, text="the name does not resolve")
         except (OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException):
             return Outcome(delivered=False, text="the connection failed")
+        except ValueError:
+            return Outcome(delivered=False, text="there can be no such host")
         if 300 <= status < 400:
             return Outcome(delivered=False, text=f"status {status}: redirects are not followed")
         return Outcome(delivered=200 <= status < 300, text=f"status {status}")
 
     async def _post(self, url: str, headers: dict[str, str], body: bytes) -> int:
-        target = httpcore.URL(url)
+        target = httpcore.URL(url.encode("ascii"))
         named = {**headers, "Host": _host(target)}
         pool = self._pool(target.scheme.decode())
         async with pool.stream("POST", target, headers=list(named.items()), content=body) as answer:

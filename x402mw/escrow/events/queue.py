@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, delete, func, literal_column, select, update
+from sqlalchemy import Row, delete, exists, func, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
@@ -138,7 +138,7 @@ async def _read_wanted(
 
 def _wants(hook: Row[Any], told: Told) -> bool:
     return (
-        hook.since < told.seq
+        hook.since < told.seq <= (hook.last_entry or told.seq)
         and hook.escrow_id in (None, told.escrow_id)
         and (not hook.events or told.name in hook.events.split())
     )
@@ -221,6 +221,9 @@ async def _go_on(connection: AsyncConnection, row: Row[Any], now: int, status: s
 
 
 async def prune(connection: AsyncConnection, now: int) -> None:
-    """Forgets what was delivered or given up long ago."""
+    """Forgets what was delivered or given up long ago, and webhooks that have told their last."""
     old = ~_IS_WAITING & (_SENT.c.changed_at < now - KEPT_SECONDS)
     await connection.execute(delete(_SENT).where(old))
+    cursor = select(_ONE.c.cursor).scalar_subquery()
+    waits = exists().where(_SENT.c.webhook_id == _HOOKS.c.webhook_id, _IS_WAITING)
+    await connection.execute(delete(_HOOKS).where(_HOOKS.c.last_entry <= cursor, ~waits))

@@ -1,5 +1,7 @@
 """Webhooks as their owners manage them: made, listed, deleted, rotated, redelivered."""
 
+import ipaddress
+import re
 import secrets
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,8 +18,10 @@ from x402mw.escrow.transactions import Transaction
 WEBHOOK_ID = "wh_"
 WEBHOOKS_MAX = 20
 OLD_SECRET_SECONDS = 24 * 60 * 60
-ACTIVE, FAILING = "active", "failing"
+ACTIVE, FAILING, ENDED = "active", "failing", "ended"
 WAITING, DELIVERED, DEAD = "waiting", "delivered", "dead"
+HOST_CHARACTERS_MAX = 253
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _HOOKS, _SENT, _ONE = schema.webhooks, schema.deliveries, schema.deliverer
 
 
@@ -30,8 +34,23 @@ def check_url(url: str, *, local: bool) -> None:
         raise _bad_url("this is no URL") from None
     if not parts.hostname or "@" in parts.netloc or parts.fragment or port == 0:
         raise _bad_url("a webhook's URL has a host, and no user or fragment")
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        raise _bad_url("only ASCII without spaces: xn-- in the host, percent signs behind it")
+    if not _is_host(parts.hostname) or ("[" in parts.netloc) != (":" in parts.hostname):
+        raise _bad_url("there can be no host of this name")
     if parts.scheme != "https" and not (local and parts.scheme == "http"):
         raise _bad_url("a webhook's URL begins with https://")
+
+
+def _is_host(name: str) -> bool:
+    """Tells whether it is an address, or a name as the DNS has them."""
+    if ":" in name:
+        try:
+            return "%" not in name and bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+    labels = name.removesuffix(".").split(".")
+    return len(name) <= HOST_CHARACTERS_MAX and all(map(_LABEL.fullmatch, labels))
 
 
 def _bad_url(detail: str) -> Refused:
@@ -39,13 +58,22 @@ def _bad_url(detail: str) -> Refused:
 
 
 async def create(
-    tx: Transaction, caller: str, url: str, events: tuple[str, ...], escrow_id: str | None
+    tx: Transaction,
+    caller: str,
+    url: str,
+    events: tuple[str, ...] = (),
+    escrow_id: str | None = None,
+    *,
+    key_id: str,
 ) -> dict[str, Any]:
-    """Makes a webhook that is told what happens from now on; its secret is shown once."""
+    """Makes a webhook that is told what happens from now on; its secret is shown once.
+
+    It ends with the key that makes it.
+    """
     check_url(url, local=tx.settings.local_webhooks)
     if escrow_id is not None:
         await sessions.as_party(tx.connection, caller, escrow_id)
-    mine = select(func.count()).select_from(_HOOKS).where(_HOOKS.c.agent_id == caller)
+    mine = select(func.count()).where(_HOOKS.c.agent_id == caller, _HOOKS.c.last_entry.is_(None))
     if (await tx.connection.execute(mine)).scalar_one() >= WEBHOOKS_MAX:
         raise Refused(409, "too_many_webhooks", f"an agent has at most {WEBHOOKS_MAX} webhooks")
     webhook_id = ids.format_id(WEBHOOK_ID, secrets.token_bytes(ids.ID_BYTES))
@@ -55,6 +83,7 @@ async def create(
         "url": url,
         "events": " ".join(events),
         "escrow_id": escrow_id,
+        "key_id": key_id,
         "status": ACTIVE,
         "generation": 1,
         "created_at": tx.now,
@@ -77,7 +106,8 @@ def describe(row: Row[Any]) -> dict[str, Any]:
         "url": row.url,
         "events": row.events.split(),
         "escrow_id": row.escrow_id,
-        "status": row.status,
+        "status": row.status if row.last_entry is None else ENDED,
+        "key_id": row.key_id,
         "created_at": row.created_at,
     }
 
@@ -154,12 +184,15 @@ def _describe_delivery(row: Row[Any]) -> dict[str, Any]:
 async def redeliver(
     tx: Transaction, caller: str, webhook_id: str, seq: int, part: int
 ) -> dict[str, Any]:
-    """Sends one event again as soon as possible, whatever became of it."""
+    """Sends one event again as soon as possible, unless an earlier one of its escrow waits."""
     await _find(tx.connection, caller, webhook_id)
     this = (_SENT.c.webhook_id == webhook_id) & (_SENT.c.seq == seq) & (_SENT.c.part == part)
     row = (await tx.connection.execute(select(_SENT).where(this))).first()
     if row is None:
         raise not_found()
+    if row.state == WAITING and row.next_at is None:
+        detail = "an earlier event of the same escrow was not delivered yet"
+        raise Refused(409, "waits_its_turn", detail)
     again = {"state": WAITING, "next_at": tx.now, "created_at": tx.now, "changed_at": tx.now}
     await tx.connection.execute(update(_SENT).where(this).values(again))
     return _describe_delivery((await tx.connection.execute(select(_SENT).where(this))).one())
