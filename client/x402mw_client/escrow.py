@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import Any, Self, TypeVar
 
 import httpx
@@ -189,6 +190,8 @@ class AsyncEscrowClient(_Methods):
                 return self._read(operation, await self._client.send(self._request(operation)))
             except (httpx.RequestError, EscrowUnavailable) as error:
                 problem = error
+            except EscrowRefused as refusal:
+                raise _weigh(operation, problem, refusal) from problem
         raise _unavailable(problem)
 
     async def walk(self, listing: Listing[T]) -> AsyncIterator[T]:
@@ -275,6 +278,8 @@ class EscrowClient(_Methods):
                 return self._read(operation, self._client.send(self._request(operation)))
             except (httpx.RequestError, EscrowUnavailable) as error:
                 problem = error
+            except EscrowRefused as refusal:
+                raise _weigh(operation, problem, refusal) from problem
         raise _unavailable(problem)
 
     def walk(self, listing: Listing[T]) -> Iterator[T]:
@@ -333,6 +338,17 @@ class EscrowClient(_Methods):
 
     def __exit__(self, *_error: object) -> None:
         self.close_connections()
+
+
+def _weigh(operation: Operation[T], lost: Exception | None, refusal: EscrowRefused) -> Exception:
+    """What a refusal comes to: after a lost answer a dead key says nothing about the first try.
+
+    That may have been carried out, and have ended the key itself, as `revoke_myself` does.
+    """
+    if lost is None or operation.method == "GET" or refusal.status != HTTPStatus.UNAUTHORIZED:
+        return refusal
+    message = "the API key is refused now, and an earlier try without an answer may have worked"
+    return EscrowUnavailable(message)
 
 
 def read_answer(operation: Operation[T], response: httpx.Response) -> T:

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from x402mw.core.amounts import Atomic
-from x402mw.core.errors import EscrowRefused, EscrowUnavailable, InsecureOrigin
+from x402mw.core.errors import EscrowRefused, EscrowUnavailable, InsecureOrigin, Moved
 from x402mw_client import account_operations, operations
 from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
 from x402mw_client.operations import RedeemItem
@@ -114,6 +114,34 @@ def test_a_repeat_carries_the_same_idempotency_key(operation: operations.Operati
         both(handler, operation)
     assert len(keys) == 3
     assert set(keys) == {operation.key}
+
+
+@pytest.mark.parametrize("lost_first", [False, True])
+@NO_PAUSE
+async def test_a_key_that_died_after_a_lost_answer_decides_nothing(lost_first: bool) -> None:
+    """A 401 after a lost answer may mean that the first try worked, and ended the key."""
+    problem = {"type": "urn:x402mw:problem:unauthorized", "code": "unauthorized", "status": 401}
+    told = {"title": "Unauthorized", "detail": "no"}
+
+    async def plainly(*given: Any) -> Any:
+        return both(*given)
+
+    for run in (plainly, each):
+        tries = 0
+
+        def handler(_request: httpx.Request) -> httpx.Response:
+            nonlocal tries
+            tries += 1
+            if tries == 1 and lost_first:
+                raise httpx.ReadError("lost")
+            media = {"content-type": "application/problem+json"}
+            return httpx.Response(401, json=problem | told, headers=media)
+
+        expected = EscrowUnavailable if lost_first else EscrowRefused
+        with pytest.raises(expected) as caught:
+            await run(handler, account_operations.revoke_myself())
+        assert caught.value.moved is (Moved.MAYBE if lost_first else Moved.NO)
+        assert tries == 1 + lost_first
 
 
 def test_keys_are_random_unless_given() -> None:
