@@ -60,16 +60,24 @@ async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> dict[s
 
 
 async def _collect(request: Request, bytes_max: int) -> bytearray:
-    raw = bytearray()
+    """The body; of one that is too large some more is read, and dropped.
+
+    Who is still sending when the connection is closed may never read why.
+    """
+    raw, seen = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS_MAX):
             async for chunk in request.stream():
-                raw += chunk
-                if len(raw) > bytes_max:
-                    raise _too_large(bytes_max)
+                seen += len(chunk)
+                if seen <= bytes_max:
+                    raw += chunk
+                elif seen > 2 * bytes_max:
+                    break
     except TimeoutError:
         detail = f"a body is here within {BODY_SECONDS_MAX} seconds"
         raise Refused(408, "body_timeout", detail, headers=_CLOSE) from None
+    if seen > bytes_max:
+        raise _too_large(bytes_max)
     return raw
 
 
