@@ -1,6 +1,7 @@
 """Agents and their keys: handles, scopes that only shrink, rotation and revocation."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -252,6 +253,25 @@ async def test_nobody_locks_for_a_revoked_provider(db: str) -> None:
             {"voucher": m.voucher(name, "2.00"), "amount": "2.00"}, agent=collecting
         )
         assert verdict["released"] == "2.00"
+
+
+@pytest.mark.parametrize("handle", ["operator", "admin", "public", "house", "x402mw", "escrow"])
+async def test_nobody_is_called_as_the_operator_is(tmp_path: Path, handle: str) -> None:
+    """Accounts: a handle speaks for its agent, never for the escrow."""
+    async with market(tmp_path) as m:
+        answer = await m.post(None, "/agents", {"name": "a", "handle": handle})
+        assert code_of(answer) == (422, "invalid_request")
+        assert (await m.get(m.buyer, f"/handles/{handle}")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "name", [" ", "   ", "\u3164", "\u2800 ", "\u0301", "\ufe0f", "\u115f\u1160"]
+)
+async def test_a_name_can_be_seen(tmp_path: Path, name: str) -> None:
+    """Accounts: a name of blanks and marks only is none; one letter among them is."""
+    async with market(tmp_path) as m:
+        assert code_of(await m.post(None, "/agents", {"name": name})) == (422, "invalid_request")
+        assert (await m.post(None, "/agents", {"name": f"e{name}"})).status_code == 201
 
 
 async def test_a_key_that_may_less_ends_no_agent(db: str) -> None:

@@ -17,6 +17,15 @@ from x402mw.escrow.bodies import (
 )
 
 GRACE_SECONDS_MAX = 24 * 60 * 60
+RESERVED = frozenset(
+    [
+        *("admin", "administrator", "arbiter", "escrow", "faucet", "house", "live", "official"),
+        *("operator", "operators", "public", "public-test", "root", "security", "support"),
+        *("system", "test", "treasury", "world", "x402mw"),
+    ]
+)
+"""Handles that would speak for the escrow or its operator."""
+
 _HANDLE = re.compile(HANDLE_FORM, re.ASCII)
 
 Mode = Literal["live", "test"]
@@ -31,6 +40,8 @@ def is_handle(text: str) -> bool:
 def _handle(text: str) -> str:
     if not is_handle(text):
         raise ValueError("a handle has 3 to 40 of a-z, 0-9 and -")
+    if text in RESERVED:
+        raise ValueError("this handle is reserved")
     return text
 
 

@@ -5,6 +5,7 @@ certain that they are well formed. Unknown members are refused: a misspelt one m
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -37,6 +38,9 @@ EXPIRES_SECONDS_DEFAULT = 24 * 60 * 60
 EXPIRES_SECONDS_MAX = 365 * 24 * 60 * 60
 REDEEM_ITEMS_MAX = 1000
 HANDLE_FORM = "[a-z0-9-]{3,40}"
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and symbols, by their class, that show nothing."""
+
 _CODE = re.compile(rf"ag_[0-9a-f]{{32}}|{HANDLE_FORM}", re.ASCII)
 _PLAIN_TOTAL = re.compile(rf"([0-9]{{1,12}})\.([0-9]{{1,{USDC.decimals}}})", re.ASCII)
 
@@ -53,7 +57,8 @@ def checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return run
 
 
-def _positive(amount: Atomic) -> Atomic:
+def positive(amount: Any) -> Any:
+    """Refuses an amount of 0, whole units or finer ones."""
     if amount == 0:
         raise ValueError("an amount of 0 moves nothing")
     return amount
@@ -65,6 +70,14 @@ def printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("only printable characters belong here")
     return text
+
+
+def visible(text: str) -> str:
+    """Refuses a text of blanks and marks only: a name that nobody can see names nothing."""
+    for character in text:
+        if unicodedata.category(character)[0] not in "ZCM" and character not in _BLANKS:
+            return text
+    raise ValueError("something to see belongs here")
 
 
 def read_total(text: object) -> Atomic:
@@ -110,7 +123,7 @@ AMOUNT_FORM = {
 
 
 Amount = Annotated[Atomic, BeforeValidator(checked(to_atomic)), WithJsonSchema(AMOUNT_FORM)]
-PositiveAmount = Annotated[Amount, AfterValidator(_positive)]
+PositiveAmount = Annotated[Amount, AfterValidator(positive)]
 Total = Annotated[Atomic, BeforeValidator(checked(read_total)), WithJsonSchema(AMOUNT_FORM)]
 ReferralCode = Annotated[
     str,
@@ -130,7 +143,10 @@ AgentId = Annotated[str, _id(ids.AGENT), _id_form(ids.AGENT, "a")]
 EscrowId = Annotated[str, _id(ids.ESCROW), _id_form(ids.ESCROW, "e")]
 JournalId = Annotated[str, _id(ids.JOURNAL), _id_form(ids.JOURNAL, "1")]
 Name = Annotated[
-    str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(printable)
+    str,
+    Field(min_length=1, max_length=NAME_CHARACTERS_MAX),
+    AfterValidator(printable),
+    AfterValidator(visible),
 ]
 Memo = Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(printable)]
 Serial = Annotated[int, Field(ge=0, le=AMOUNT_MAX)]

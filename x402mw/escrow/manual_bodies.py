@@ -21,14 +21,15 @@ from x402mw.core.amounts import AMOUNT_MAX, USDC, Atomic, atomic, parse_display,
 from x402mw.escrow.bodies import (
     AMOUNT_FORM,
     EXPIRES_SECONDS_MAX,
-    MEMO_CHARACTERS_MAX,
-    NAME_CHARACTERS_MAX,
     AgentId,
     Amount,
     Body,
+    Memo,
+    Name,
     PublicKey,
     ReferralCode,
     checked,
+    positive,
     printable,
 )
 from x402mw.escrow.rules.values import REFUND, RELEASE
@@ -56,12 +57,6 @@ def _whole(value: object) -> Atomic:
     return whole(_exact(value))
 
 
-def _positive(amount: Any) -> Any:
-    if amount == 0:
-        raise ValueError("an amount of 0 moves nothing")
-    return amount
-
-
 _EITHER_FORM = WithJsonSchema(
     {
         "anyOf": [
@@ -74,14 +69,10 @@ _EITHER_FORM = WithJsonSchema(
 )
 Units = Annotated[InstanceOf[Fraction], BeforeValidator(checked(_units)), _EITHER_FORM]
 """Atomic units with what is finer than one (M4)."""
-PositiveUnits = Annotated[Units, AfterValidator(_positive)]
+PositiveUnits = Annotated[Units, AfterValidator(positive)]
 Whole = Annotated[Atomic, BeforeValidator(checked(_whole)), _EITHER_FORM]
-PositiveWhole = Annotated[Whole, AfterValidator(_positive)]
-Memo = Annotated[str, Field(max_length=MEMO_CHARACTERS_MAX), AfterValidator(printable)]
+PositiveWhole = Annotated[Whole, AfterValidator(positive)]
 Words = Annotated[str, Field(max_length=TEXT_CHARACTERS_MAX), AfterValidator(printable)]
-Name = Annotated[
-    str, Field(min_length=1, max_length=NAME_CHARACTERS_MAX), AfterValidator(printable)
-]
 Seconds = Annotated[int, Field(ge=1, le=EXPIRES_SECONDS_MAX)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
