@@ -19,12 +19,12 @@ from tests.support.escrow import ROOT_SEED, MovingClock, reading
 from tests.support.postgresql import database_name, fresh_database, shared_server
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
 from x402mw.core.errors import ConfigurationError
-from x402mw.escrow import agents, database, schema
+from x402mw.escrow import agents, database, modes, schema
 from x402mw.escrow.books import audit
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.ledger import open_ledger
 from x402mw.escrow.rows import balance_of
-from x402mw.escrow.rules.values import FAUCET, HOUSE, WORLD, Transfer
+from x402mw.escrow.rules.values import Transfer
 from x402mw.escrow.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -237,11 +237,12 @@ async def test_there_is_never_more_money_than_an_integer_holds(db: str) -> None:
             with pytest.raises(Refused, match="cannot hold"):
                 async with ledger.write() as tx:
                     await agents.deposit(tx, agent_id, Atomic(1))
+        fraud = Transfer(modes.house("USDC"), modes.faucet("USDC"), Atomic(1))
         with pytest.raises(IntegrityError):
             async with ledger.write() as tx:
-                tx.post("fraud", [Transfer(HOUSE, FAUCET, Atomic(1))], "USDC")
+                tx.post("fraud", [fraud], "USDC")
         async with reading(ledger) as connection:
-            assert await balance_of(connection, WORLD) == -AMOUNT_MAX
+            assert await balance_of(connection, modes.world("USDC")) == -AMOUNT_MAX
     finally:
         await ledger.close()
     assert await audit(settings.database_url) == []
@@ -301,7 +302,7 @@ def test_money_needs_a_database_that_lasts(text: str) -> None:
         database.database_file(text)
 
 
-def modes(folder: Path) -> dict[str, int]:
+def permissions_of(folder: Path) -> dict[str, int]:
     """Who may do what with each file of a folder."""
     return {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
 
@@ -309,7 +310,7 @@ def modes(folder: Path) -> dict[str, int]:
 async def test_only_the_operator_reads_the_books(tmp_path: Path) -> None:
     """Security: a database file made here, and what SQLite keeps beside it, is not for others."""
     async with market(tmp_path):
-        found = modes(tmp_path)
+        found = permissions_of(tmp_path)
     assert found == {"escrow.db": 0o600, "escrow.db-wal": 0o600, "escrow.db-shm": 0o600}
 
 

@@ -21,7 +21,7 @@ from x402mw.core.outcomes import sign_outcome
 from x402mw.core.strict import b64url_decode
 from x402mw.core.vouchers import SIGNED_BYTES
 from x402mw.escrow.access import ARBITER
-from x402mw.escrow.tenants import OPERATORS
+from x402mw.escrow.transactions import OPERATOR
 from x402mw_client.escrow import EscrowClient
 from x402mw_client.manual_operations import performance_share
 from x402mw_client.webhooks import Event
@@ -414,7 +414,7 @@ async def test_admins_and_operators(stage: Any) -> None:
     async with stage() as s:
         tenant = await make_tenant(s.m, "acme")
         member = await make_agent(s.m, tenant, handle="acme-bot")
-        banker = await make_agent(s.m, OPERATORS, "admin")
+        banker = await make_agent(s.m, OPERATOR, "admin")
         async with s.as_agent(banker) as bank:
             booked = await bank.book_deposit(member.agent_id, "9.00", "line 1")
             assert (booked.amount, booked.balance) == (9_000_000, 9_000_000)

@@ -19,7 +19,7 @@ from x402mw.escrow.api import page
 from x402mw.escrow.api.routes import Route
 from x402mw.escrow.app import ROUTES
 from x402mw.escrow.bodies import Body, Close
-from x402mw.escrow.tenants import OPERATORS
+from x402mw.escrow.transactions import OPERATOR
 
 pytestmark = pytest.mark.anyio
 
@@ -61,7 +61,7 @@ async def stored(m: Market) -> tuple[int, int]:
 async def test_what_waits_for_the_writer_dies_with_its_key(db: str) -> None:
     """Keys: revoking takes effect at once, also for what had come in and waits for its turn."""
     async with market(db) as m:
-        agent = await make_agent(m, OPERATORS, *SCOPES)
+        agent = await make_agent(m, OPERATOR, *SCOPES)
         before, waiting = await stored(m), []
         writer = m.escrow.ledger._writer
         async with writer:

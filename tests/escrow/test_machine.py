@@ -26,13 +26,13 @@ from tests.escrow.market import JOURNAL, RECEIPT_KEY, SESSION_KEY
 from tests.support.escrow import ROOT_SEED, MovingClock, empty_books
 from tests.support.postgresql import fresh_database
 from x402mw.core.amounts import USDC, Atomic
-from x402mw.escrow import agents, bodies, books, redemption, schema, sessions
+from x402mw.escrow import agents, bodies, books, modes, redemption, schema, sessions
 from x402mw.escrow.events.log import find_head
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.ledger import Ledger, open_ledger
 from x402mw.escrow.redemption import BadItem, Claim
 from x402mw.escrow.rows import fetch_escrows, find_escrow
-from x402mw.escrow.rules.values import HOUSE, SESSION, Escrow, agent_account
+from x402mw.escrow.rules.values import SESSION, Escrow, agent_account
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.transactions import Transaction
 
@@ -111,7 +111,7 @@ class World:
         states = {escrow.escrow_id: escrow for escrow in escrows}
         return {
             "balances": [balances[agent_account(agent)] for agent in self.agents],
-            "house": balances[HOUSE],
+            "house": balances[modes.house("USDC")],
             "escrows": [outcome(states[name]) for name in self.escrows],
         }
 

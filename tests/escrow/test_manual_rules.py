@@ -30,11 +30,12 @@ from tests.escrow.agreement_steps import (
 )
 from tests.escrow.test_rules import session
 from x402mw.core.amounts import Atomic, to_atomic
+from x402mw.escrow import modes
 from x402mw.escrow.rules import manual, money, table
 from x402mw.escrow.rules import session as sessions
 from x402mw.escrow.rules.agreement import WHOLE, Agreement, PartState
 from x402mw.escrow.rules.table import TRANSITIONS, Event, InvalidState, NotCovered
-from x402mw.escrow.rules.values import HOUSE, MANUAL, RELEASE, SESSION, Escrow, Phase
+from x402mw.escrow.rules.values import MANUAL, RELEASE, SESSION, Escrow, Phase
 
 HALF = Fraction(1, 2)
 fractions = st.builds(Fraction, st.integers(0, 5_000), st.sampled_from([1, 2, 3, 10, 10**6]))
@@ -178,7 +179,7 @@ def test_a_thousand_dollars_split_the_same_in_any_parts(parts: int) -> None:
     for _ in range(parts):
         states.append(manual.release(states[-1], Fraction(total, parts)))
     paid = moved(*states)
-    assert (paid[agent(PROVIDER)], paid[HOUSE], paid[agent(REFERRER)]) == (
+    assert (paid[agent(PROVIDER)], paid[modes.house("USDC")], paid[agent(REFERRER)]) == (
         990 * DOLLAR,
         to_atomic("8.50"),
         to_atomic("1.50"),
@@ -241,7 +242,7 @@ def test_payees_together_earn_what_the_provider_would(amounts: list[int]) -> Non
             states.append(manual.release(states[-1], Fraction(amount)))
         paid = moved(*states)
         earned = sum(paid.get(agent(name), 0) for name in (PROVIDER, "ag_x", "ag_y"))
-        ends.append((earned, paid.get(HOUSE, 0), paid.get(agent(REFERRER), 0)))
+        ends.append((earned, paid.get(modes.house("USDC"), 0), paid.get(agent(REFERRER), 0)))
     assert ends[0] == ends[1]
 
 

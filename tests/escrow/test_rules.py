@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, to_atomic, to_atomic_floor
 from x402mw.core.errors import AmountInvalid
+from x402mw.escrow import modes
 from x402mw.escrow.bodies import read_total
 from x402mw.escrow.rules import money
 from x402mw.escrow.rules import session as rules
 from x402mw.escrow.rules.table import TRANSITIONS, Event, InvalidState
-from x402mw.escrow.rules.values import HOUSE, SESSION, Escrow, Phase
+from x402mw.escrow.rules.values import SESSION, Escrow, Phase
 
 DOLLAR = 1_000_000
 T0 = 1_800_000_000
@@ -53,7 +54,7 @@ def test_a_thousand_dollars_pay_ten_in_fees_however_they_are_split(parts: int) -
         states.append(rules.release(states[-1], Atomic(total * part // parts)))
     moved = payouts(*states)
     assert moved["agent:ag_p"] == 990 * DOLLAR
-    assert moved[HOUSE] == 10 * DOLLAR
+    assert moved[modes.house("USDC")] == 10 * DOLLAR
     assert moved["escrow:" + states[0].escrow_id] == -total
 
 
@@ -62,7 +63,7 @@ def test_releases_below_the_fee_unit_still_pay_the_right_fee() -> None:
     states = [session(DOLLAR)]
     for released in range(50, DOLLAR + 1, 50):
         states.append(rules.release(states[-1], Atomic(released)))
-    assert payouts(*states)[HOUSE] == to_atomic("0.01")
+    assert payouts(*states)[modes.house("USDC")] == to_atomic("0.01")
 
 
 @given(st.integers(0, AMOUNT_MAX), st.integers(0, 10_000), st.integers(0, 10_000))

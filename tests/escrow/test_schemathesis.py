@@ -16,7 +16,7 @@ from tests.support.escrow import Agent
 from x402mw.core.amounts import to_atomic
 from x402mw.escrow.access import SCOPES
 from x402mw.escrow.api import service
-from x402mw.escrow.tenants import OPERATORS
+from x402mw.escrow.transactions import OPERATOR
 
 pytestmark = pytest.mark.anyio
 LONG = bool(os.environ.get("X402MW_LONG"))
@@ -115,6 +115,6 @@ async def test_nothing_contradicts_the_document(who: str, tmp_path: Path) -> Non
             "nobody": None,
             "buyer": await make_key(m, m.buyer, *SCOPES),
             "provider": await make_key(m, m.provider, *SCOPES),
-            "operator": await make_agent(m, OPERATORS, *SCOPES),
+            "operator": await make_agent(m, OPERATOR, *SCOPES),
         }
         await examine(m, tmp_path, asking[who])

@@ -19,9 +19,6 @@ from x402mw.escrow.transactions import OPERATOR, Transaction
 PUBLIC = {LIVE: "public", TEST: "public-test"}
 """The tenant of agents that register by themselves, for each mode."""
 
-OPERATORS = OPERATOR
-"""The tenant whose admin keys book deposits and withdrawals; called as the operator is."""
-
 _NAME = re.compile(HANDLE_FORM, re.ASCII)
 
 

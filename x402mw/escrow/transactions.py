@@ -27,7 +27,7 @@ from x402mw.escrow.sets import Do, Set, Shape, write
 from x402mw.escrow.settings import Settings
 
 OPERATOR = "operator"
-"""The actor of what is done with the operator's commands."""
+"""The actor of what is done with the operator's commands, and the tenant whose admin keys book."""
 
 LOW_BALANCE_PART = 10
 _SILENT = Event.TOKEN.value

@@ -32,7 +32,7 @@ body has fewer, one for so many bytes of its limit: 512 in what anybody may send
 
 FIELD_CHARACTERS_MAX = 100
 PROBLEM_TYPE = "application/problem+json"
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
+NUMBER = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 _JSON = re.compile(
     r"application/([\w.!#$&^-]+\+)?json(\s*;\s*charset=(\"?)utf-?8\3)?\s*", re.ASCII | re.IGNORECASE
 )
@@ -92,7 +92,7 @@ def _check_media_type(request: Request) -> None:
 
 def _announced_bytes(request: Request) -> int:
     text = request.headers.get("content-length", "0")
-    if not _NUMBER.fullmatch(text):
+    if not NUMBER.fullmatch(text):
         raise Refused(400, "malformed", "Content-Length is not a number")
     return int(text)
 

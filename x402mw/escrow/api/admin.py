@@ -22,8 +22,7 @@ from x402mw.escrow.api.shared import (
 )
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.rules.values import Escrow
-from x402mw.escrow.tenants import OPERATORS
-from x402mw.escrow.transactions import Transaction
+from x402mw.escrow.transactions import OPERATOR, Transaction
 
 
 async def list_agents(request: Request) -> Response:
@@ -93,7 +92,7 @@ async def book_fees(request: Request) -> Response:
 
 
 def _check_operator(request: Request) -> None:
-    if find_principal(request).tenant != OPERATORS:
+    if find_principal(request).tenant != OPERATOR:
         raise Refused(403, "not_the_operator", "only the operator of this escrow may do that")
 
 

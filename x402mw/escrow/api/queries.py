@@ -1,6 +1,5 @@
 """What the query of a list may hold. Unknown and repeated parameters are refused, as in bodies."""
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -15,12 +14,11 @@ from x402mw.escrow.words import Status
 
 PAGE_ITEMS = 100
 PAGE_ITEMS_MAX = 500
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 
 
 def _number(text: Any) -> Any:
     """Digits only: what `int` reads beside them is not what anybody meant."""
-    if isinstance(text, str) and not _NUMBER.fullmatch(text):
+    if isinstance(text, str) and not web.NUMBER.fullmatch(text):
         raise ValueError("a whole number without sign or leading zeros")
     return text
 

@@ -69,9 +69,11 @@ def find_principal(request: Request) -> Principal:
     return principal
 
 
-def find_query(request: Request, _model: type[AnyQuery]) -> AnyQuery:
+def find_query(request: Request, model: type[AnyQuery]) -> AnyQuery:
     """The query of this request, of the model that its route names."""
-    query: AnyQuery = request.scope[_QUERY]
+    query = request.scope[_QUERY]
+    if not isinstance(query, model):
+        raise TypeError(f"the route table names another query than {model.__name__}")
     return query
 
 

@@ -5,9 +5,6 @@ from typing import NamedTuple
 
 from x402mw.core.amounts import ZERO, Atomic
 
-WORLD, FAUCET, HOUSE = "world", "faucet", "house:fees"
-"""Of live money; test money has accounts of its own (`modes`)."""
-
 MANUAL, SESSION = "manual", "session"
 """The two kinds of escrow: the buyer releases by hand, or vouchers do."""
 
@@ -17,7 +14,6 @@ RELEASE, REFUND = "release", "refund"
 OPEN_STATUSES = ("locked", "partially_released")
 LIVE_STATUSES = (*OPEN_STATUSES, "delivered", "disputed", "closing")
 ENDED_STATUSES = ("released", "refunded", "settled")
-STATUSES = (*LIVE_STATUSES, *ENDED_STATUSES)
 
 
 class Phase(Enum):
