@@ -46,6 +46,7 @@ def verify(
                 _verify_database(db, verifier)
             else:
                 _verify_file(file, verifier)
+            verifier.check_signed()
         except Broken as broken:
             typer.echo(str(broken))
             raise typer.Exit(1) from None

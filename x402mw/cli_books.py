@@ -26,7 +26,7 @@ def books(
     db: Database = DATABASE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show balances by class and escrows by state, and prove I1 to I19; exit status 1 if wrong."""
+    """Show balances by class and escrows by state, and prove I1 to I20; exit status 1 if wrong."""
     import json
 
     from x402mw.escrow.statement import draw_up
@@ -83,7 +83,7 @@ def _show(found: "Statement") -> None:
     for violation in found.violations:
         console.print(violation, style="red")
     if not found.violations:
-        console.print(f"{found.entries:,} entries; I1 to I19 hold")
+        console.print(f"{found.entries:,} entries; I1 to I20 hold")
 
 
 def backup(

@@ -111,7 +111,7 @@ async def test_the_commands_show_prove_and_copy(traded: str, tmp_path: Path) -> 
     """`x402mw books`, `escrow backup` and `escrow restore` say what they did, in one line each."""
     shown = await invoke("books", "--db", traded)
     assert shown.exit_code == 0
-    assert "I1 to I19 hold" in shown.output
+    assert "I1 to I20 hold" in shown.output
     file, again = str(tmp_path / "out.db"), str(tmp_path / "again.db")
     for expected in (0, 1):
         assert (await invoke("escrow", "backup", file, "--db", traded)).exit_code == expected

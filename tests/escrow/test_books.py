@@ -14,12 +14,12 @@ from sqlalchemy import Connection, insert, inspect
 from sqlalchemy.exc import IntegrityError
 
 from tests.escrow.conftest import DATABASES
-from tests.escrow.market import code_of, market
+from tests.escrow.market import Market, code_of, market
 from tests.support.escrow import ROOT_SEED, MovingClock, reading
 from tests.support.postgresql import database_name, fresh_database, shared_server
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
 from x402mw.core.errors import ConfigurationError
-from x402mw.escrow import agents, database, modes, schema
+from x402mw.escrow import agents, banking, database, modes, schema
 from x402mw.escrow.books import audit
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.ledger import open_ledger
@@ -59,7 +59,36 @@ async def _trade(url: str) -> None:
             {"voucher": m.voucher(names[1], "2"), "amount": "2", "final": True},
         )
         await m.post(m.buyer, f"/escrow/{names[2]}/close")
+        await _trade_by_hand(m)
         await m.post(m.provider, "/faucet/claim")
+
+
+async def _trade_by_hand(m: Market) -> None:
+    """A manual escrow with a delivery and an ended and an open dispute; a transfer, a bank line."""
+    await m.escrow.new_agent("third")
+    body = {"to_agent_id": m.provider.agent_id, "amount": "10.00", "on_expiry": "refund"}
+    parts = [{"name": "draft", "amount": "4.00"}]
+    more = {"condition": {"sha256": "0" * 64}, "milestones": parts, "review_seconds": 600}
+    name = (await m.post(m.buyer, "/escrow", {**body, **more})).json()["escrow_id"]
+    for agent, path, said in (
+        (m.provider, "deliver", {"proof": "a proof", "milestone": "draft"}),
+        (m.buyer, "dispute", {"amount": "3.00", "reason": "late", "evidence": "by a day"}),
+        (m.provider, "dispute/evidence", {"content": "on time"}),
+        (m.buyer, "dispute/withdraw", {}),
+        (m.buyer, "dispute", {"amount": "2.00", "reason": "really late"}),
+        (m.buyer, "release", {"amount": "1.00"}),
+        (m.buyer, "extend", {"seconds": 60}),
+    ):
+        answer = await m.post(agent, f"/escrow/{name}/{path}", said)
+        assert answer.status_code == 200, answer.text
+    sent = {"to_agent_id": m.provider.agent_id, "amount": "1.00", "memo": "thanks"}
+    assert (await m.post(m.buyer, "/transfers", sent)).status_code == 201
+    async with m.escrow.ledger.write() as tx:
+        await banking.book(tx, "op", "deposit", m.buyer.agent_id, Atomic(5), "line 1")
+
+
+KEPT = ("evidence", "transfers", "bookings", "faucet_claims")
+"""Tables beside the books whose rows stay as well."""
 
 
 class Stranger:
@@ -89,7 +118,7 @@ class Stranger:
                 names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")
                 self.run(*(f"DROP TRIGGER {name}" for (name,) in names.fetchall()))
         else:
-            tables = ("entries", "postings", "escrows")
+            tables = ("entries", "postings", "escrows", *KEPT)
             self.run(*(f"ALTER TABLE {table} DISABLE TRIGGER USER" for table in tables))
 
 
@@ -196,6 +225,68 @@ async def test_the_judge_notices(stranger: Stranger, invariant: str, fraud: list
     stranger.run(*fraud)
     violations = await audit(stranger.url)
     assert any(violation.startswith(invariant + " ") for violation in violations), violations
+
+
+# The statement, and what is said to be wrong.
+TAMPERING: list[tuple[str, str]] = [
+    ("UPDATE evidence SET content = 'by a week' WHERE line = 1", "another sha256"),
+    ("UPDATE evidence SET agent_id = (SELECT min(agent_id) FROM agents WHERE name = 'third')",
+        "another agent_id"),
+    ("DELETE FROM evidence WHERE line = 2", "row ('evidence'"),
+    ("INSERT INTO evidence (escrow_id, number, line, agent_id, content, created_at)"
+        " SELECT escrow_id, 2, 1, opener, 'x', 1 FROM disputes WHERE number = 2", "in no entry"),
+    ("UPDATE parts SET proof = 'another'", "another proof"),
+    ("UPDATE parts SET state = 'paid'", "another state"),
+    ("UPDATE parts SET review_until = 1", "another review_until"),
+    ("UPDATE parts SET amount = amount + 1", "other terms"),
+    ("UPDATE agreements SET condition = 'sha256:1'", "other terms"),
+    ("UPDATE agreements SET review_seconds = 1", "other terms"),
+    ("DELETE FROM parts WHERE number = 1", "other terms"),
+    ("UPDATE escrows SET payees = '[[\"a\",\"1\"]]' WHERE released = 0", "other terms"),
+    ("UPDATE escrows SET on_expiry = 'release' WHERE kind = 'manual'", "other terms"),
+    ("UPDATE escrows SET fee_bps = 0 WHERE released = 0", "other terms"),
+    ("UPDATE escrows SET referrer = provider WHERE kind = 'manual'", "other terms"),
+    ("UPDATE escrows SET memo = 'x' WHERE status = 'closing'", "other terms"),
+    ("UPDATE escrows SET expires_at = expires_at + 1 WHERE kind = 'manual'", "another time"),
+    ("UPDATE disputes SET reason = 'x' WHERE number = 1", "another reason"),
+    ("UPDATE disputes SET amount = amount - 1 WHERE number = 1", "another amount"),
+    ("UPDATE disputes SET status = 'resolved' WHERE number = 1", "another status"),
+    ("UPDATE disputes SET status = 'resolved' WHERE number = 2", "for disputes over 0"),
+    ("UPDATE disputes SET deadline = 1 WHERE number = 2", "another deadline"),
+    ("UPDATE escrows SET disputed = 1 WHERE disputed > 0", "holds 1 for disputes over 2000000"),
+    ("UPDATE transfers SET amount = amount + 1", "another amount"),
+    ("UPDATE transfers SET memo = 'x'", "another memo"),
+    ("DELETE FROM transfers", "row ('transfers'"),
+    ("UPDATE bookings SET amount = amount + 1", "another amount"),
+    ("UPDATE bookings SET reference = 'line 2'", "bank line line 2 is in no entry"),
+    ("DELETE FROM bookings", "row ('bookings'"),
+    ("UPDATE faucet_claims SET day = day - 1", "another day"),
+    ("DELETE FROM faucet_claims", "row ('faucet_claims'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fraud", "found"), TAMPERING)
+async def test_rows_are_held_to_what_their_entries_said(
+    stranger: Stranger, fraud: str, found: str
+) -> None:
+    """I20: terms, deliveries, disputes, evidence and lines of money cannot be rewritten unseen."""
+    stranger.drop_guards()
+    stranger.run(fraud)
+    violations = await audit(stranger.url)
+    assert any(one.startswith("I20 ") and found in one for one in violations), violations
+
+
+def test_what_was_said_is_append_only(stranger: Stranger) -> None:
+    """Rule 2: the database refuses to change or delete statements, transfers, lines and claims."""
+    for table in KEPT:
+        again = f"INSERT OR REPLACE INTO {table} SELECT * FROM {table} LIMIT 1"
+        changes = [f"UPDATE {table} SET created_at = 1", f"DELETE FROM {table}"]
+        changes.append(again if stranger.is_sqlite else f"TRUNCATE {table} CASCADE")
+        if table == "faucet_claims":
+            changes[0] = "UPDATE faucet_claims SET day = 1"
+        for change in changes:
+            with pytest.raises(Stranger.REFUSALS, match="append-only"):
+                stranger.run(change)
 
 
 async def test_migrations_make_the_tables_that_queries_know(empty_db: str) -> None:

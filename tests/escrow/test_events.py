@@ -183,10 +183,14 @@ async def test_each_party_is_told_what_the_other_does(db: str) -> None:
         ("released", "review_end", "3.00"),
     ]
     assert found[1]["data"] == {"expires_at": late}
-    assert found[3]["data"] == {"part": 1, "milestone": "one", "reason": "no"}
-    assert found[5]["data"] == {"part": 2, "milestone": "two", "reason": "no"}
-    assert found[6]["data"] == {"part": 3, "milestone": "three", "review_until": until}
-    assert found[8]["data"] == {"part": 3, "milestone": "three"}
+    one = {"part": 1, "milestone": "one", "parts": [[1, "paid", None]]}
+    assert found[3]["data"] == {**one, "reason": "no"}
+    two = {"part": 2, "milestone": "two", "parts": [[2, "rejected", None]]}
+    assert found[5]["data"] == {**two, "reason": "no"}
+    three = {"part": 3, "milestone": "three"}
+    delivered = {"review_until": until, "parts": [[3, "delivered", until]], "proof": "here"}
+    assert found[6]["data"] == {**three, **delivered}
+    assert found[8]["data"] == {**three, "parts": [[3, "paid", None]]}
 
 
 # The stream.

@@ -24,7 +24,8 @@ from x402mw.core.checkpoints import Checkpoint, sign_checkpoint
 from x402mw.core.keys import public_key
 from x402mw.core.strict import b64url_encode
 from x402mw.escrow import schema
-from x402mw.escrow.books import audit
+from x402mw.escrow.audit.items import End, Link, write_item
+from x402mw.escrow.books import Entry, audit, entry_text, hash_entry
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.settings import NETWORK, Settings
 from x402mw.escrow.transactions import OPERATOR
@@ -103,7 +104,8 @@ async def test_what_entries_led_to_is_marked(db: str) -> None:
         await m.escrow.pass_time(1000)
         said = [row.data for row in await entries_of(m) if row.escrow_id == name]
     low, none, exhausted = ('{"low_balance":true}', None, '{"exhausted":true}')
-    assert said == [none, none, low, none, exhausted, none, '{"ended":"buyer_close"}']
+    assert said.pop(0).startswith('{"terms":"')
+    assert said == [none, low, none, exhausted, none, '{"ended":"buyer_close"}']
 
 
 @pytest.mark.parametrize(("wish", "marked"), [("4", True), ("3.99", False), ("0", False)])
@@ -131,6 +133,19 @@ async def test_a_note_moves_nothing_and_is_proven(db: str) -> None:
             ("tenant_created", None, "{}"),
         ]
         assert await m.escrow.check() == []
+
+
+async def test_each_proof_stays_in_the_history(db: str) -> None:
+    """Audit: what was delivered first is still to be read after another delivery, word by word."""
+    async with market(db) as m:
+        body = {"to_agent_id": m.provider.agent_id, "amount": "9.00"}
+        name = (await m.post(m.buyer, "/escrow", body)).json()["escrow_id"]
+        await m.post(m.provider, f"/escrow/{name}/deliver", {"proof": "the first"})
+        await m.post(m.buyer, f"/escrow/{name}/reject", {"reason": "junk"})
+        await m.post(m.provider, f"/escrow/{name}/deliver", {"proof": "the second"})
+        history = (await m.get(m.buyer, f"/escrow/{name}/history")).json()["items"]
+    proofs = [line["data"]["proof"] for line in history if line["kind"] == "deliver"]
+    assert proofs == ["the second", "the first"]
 
 
 # The whole log, verified and tampered with.
@@ -300,7 +315,7 @@ def _ordered(seq: int, head: str, at: int, signature: str, _: Stranger) -> str:
 def test_a_rewritten_log_is_told_by_what_others_remember(
     stranger: Stranger, tmp_path: Path
 ) -> None:
-    """Audit: hashes computed anew after a cut pass alone, and fail against an older export."""
+    """Audit: hashes computed anew after a cut show that nothing signs, and fail against memory."""
     old, checkpoint = tmp_path / "old", tmp_path / "checkpoint"
     command("export", "--db", stranger.url, "--out", str(old))
     points = [json.loads(line) for line in old.read_text().splitlines()]
@@ -311,7 +326,9 @@ def test_a_rewritten_log_is_told_by_what_others_remember(
         "DELETE FROM entries WHERE seq > 3",
         "UPDATE service SET entry_seq = 3, entry_hash = (SELECT hash FROM entries WHERE seq = 3)",
     )
-    assert command("verify", "--db", stranger.url, "--root", ROOT_KEY)[0] == 0
+    unsigned = "entries 1 to 3 are not signed, nor is any other: nothing tells whether"
+    status, said = command("verify", "--db", stranger.url, "--root", ROOT_KEY)
+    assert (status, said.removeprefix(unsigned)) == (1, " they were rewritten")
     told = (1, "entry 4 is remembered, but the books end at 3")
     assert command("verify", "--db", stranger.url, "--against", str(old)) == told
     keys = tmp_path / "keys"
@@ -320,6 +337,35 @@ def test_a_rewritten_log_is_told_by_what_others_remember(
         *("verify", "--db", stranger.url, "--keys", str(keys), "--against", str(checkpoint))
     )
     assert answer == told
+
+
+@pytest.mark.parametrize(
+    ("entries", "seconds", "told"),
+    [
+        (1000, 600, ""),
+        (1001, 0, "entries 9 to 1009 are not signed, but one in 1000 should be"),
+        (2, 661, "entries 9 to 10 are not signed, though they took 661 seconds to be written"),
+    ],
+)
+def test_no_more_is_unsigned_than_a_service_leaves_unsigned(
+    logged: str, tmp_path: Path, entries: int, seconds: int, told: str
+) -> None:
+    """Audit: who takes checkpoints away to rewrite what they covered is told by what is missing."""
+    file, longer = tmp_path / "log", tmp_path / "longer"
+    command("export", "--db", logged, "--out", str(file))
+    lines = file.read_text().splitlines()
+    head = next(n for n, line in enumerate(lines) if '"checkpoint"' in line and '"seq":8' in line)
+    kept, previous = lines[: head + 1], json.loads(lines[head])["hash"]
+    for number in range(entries):
+        at = 1_800_000_000 + seconds * (number == entries - 1)
+        entry = Entry(9 + number, "note", None, "USDC", at, at, (), OPERATOR)
+        digest = hash_entry(entry, previous)
+        kept.append(write_item(Link(entry.seq, 2, entry_text(entry), previous, digest)))
+        previous = digest
+    kept.append(write_item(End(8 + entries, previous)))
+    longer.write_text("\n".join(kept))
+    status, said = command("verify", "--file", str(longer), "--root", ROOT_KEY)
+    assert (status, told in said) == (1 if told else 0, True), said
 
 
 def _well_known() -> dict[str, str]:

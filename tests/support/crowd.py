@@ -77,6 +77,6 @@ async def open_crowd(ledger: Ledger, sessions: int, seconds: int = 86_400) -> Cr
                 created_at=tx.now,
                 expires_at=tx.now + seconds,
             )
-            names.append(tx.save(empty, session.top_up(empty, DEPOSIT), "lock").escrow_id)
+            names.append(tx.lock(empty, session.top_up(empty, DEPOSIT)).escrow_id)
     network = network_id(ledger.settings.network, ledger.signer.root_key)
     return Crowd(buyer, provider["agent_id"], provider["api_key"], network, names)

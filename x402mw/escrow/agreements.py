@@ -7,13 +7,14 @@ from typing import Any
 from sqlalchemy import Row, bindparam, func, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from x402mw.core.amounts import Atomic, display
+from x402mw.core.amounts import ZERO, Atomic, atomic, display
 from x402mw.escrow import schema
 from x402mw.escrow.rules import manual
 from x402mw.escrow.rules.agreement import Agreement, Dispute, Part, PartState
 from x402mw.escrow.rules.session import effective_deadline
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import Escrow
+from x402mw.escrow.terms import Extra
 from x402mw.escrow.transactions import Transaction
 
 OPEN, WITHDRAWN, RESOLVED, UNDECIDED = "open", "withdrawn", "resolved", "undecided"
@@ -85,7 +86,9 @@ async def create(
     tx: Transaction, agreement: Agreement, locked: Agreement, condition: str
 ) -> Escrow:
     """Writes a new agreement; everything that might refuse it was decided."""
-    escrow = tx.save(agreement.escrow, locked.escrow, "lock")
+    parts = [(part.number, part.name, part.amount) for part in agreement.parts]
+    extra = Extra(condition, agreement.review_seconds, parts)
+    escrow = tx.lock(agreement.escrow, locked.escrow, extra)
     await tx.flush()
     await tx.insert(
         schema.agreements,
@@ -112,6 +115,7 @@ async def keep(
     """Writes what an event changed, the last thing of an operation; `said` goes into its entry."""
     told = {**said, **_tell_part(before, after, event)}
     data = {name: value for name, value in told.items() if value not in (None, "")}
+    data |= _say(before, after, event)
     escrow = tx.save(before.escrow, after.escrow, event.value, effective_at, data=data or None)
     if after.carry != before.carry:
         agreements = schema.agreements
@@ -124,7 +128,8 @@ async def keep(
         if new != old:
             await _write_part(tx, escrow, new)
     if before.dispute is None and after.dispute is not None:
-        await _open_dispute(tx, after, after.dispute, str(said.get("reason", "")))
+        opened = after._replace(escrow=escrow)
+        await _open_dispute(tx, opened, after.dispute, str(said.get("reason", "")))
     if after.dispute is None and before.dispute is not None:
         await _end_dispute(tx, before, after, event, said.get("arbiter"))
     return after._replace(escrow=escrow)
@@ -139,6 +144,36 @@ def _tell_part(before: Agreement, after: Agreement, event: Event) -> dict[str, A
             until = new.review_until if event is Event.DELIVER else None
             return {"part": new.number, "milestone": new.name, "review_until": until}
     return {}
+
+
+def _say(before: Agreement, after: Agreement, event: Event) -> dict[str, Any]:
+    """What an entry says of the rows that it changed, so that they can be held to it (I20)."""
+    changed = [new for old, new in zip(before.parts, after.parts, strict=True) if new != old]
+    parts = [(part.number, part.state.value, part.review_until) for part in changed]
+    said: dict[str, Any] = {"parts": parts} if parts else {}
+    if event is Event.DELIVER:
+        said["proof"] = changed[0].proof
+    opened, ended = after.dispute, before.dispute
+    if ended is None and opened is not None:
+        said["dispute"] = {
+            "number": opened.number,
+            "part": opened.part,
+            "amount": display(after.escrow.disputed),
+            "deadline": opened.deadline,
+        }
+    if opened is None and ended is not None:
+        to_provider, to_buyer = map(display, _decided(before, after, event))
+        shares = {"to_provider": to_provider, "to_buyer": to_buyer}
+        said["dispute"] = {"number": ended.number, "status": _DECIDED[event], **shares}
+    return said
+
+
+def _decided(before: Agreement, after: Agreement, event: Event) -> tuple[Atomic, Atomic]:
+    """How the end of a dispute shared out what was held."""
+    if event not in (Event.RESOLVE, Event.UNDECIDED):
+        return ZERO, ZERO
+    old, new = before.escrow, after.escrow
+    return atomic(new.released - old.released), atomic(new.refunded - old.refunded)
 
 
 def _part_row(escrow: Escrow, part: Part) -> dict[str, Any]:
@@ -177,6 +212,7 @@ async def _open_dispute(
             "amount": agreement.escrow.disputed,
             "opened_at": opened.opened_at,
             "deadline": opened.deadline,
+            "entry": agreement.escrow.last_entry,
             "to_provider": 0,
             "to_buyer": 0,
         },
@@ -187,14 +223,14 @@ async def _end_dispute(
     tx: Transaction, before: Agreement, after: Agreement, event: Event, arbiter: str | None
 ) -> None:
     disputes, open_ones = schema.disputes, schema.disputes.c.status == OPEN
-    decided = event in (Event.RESOLVE, Event.UNDECIDED)
+    to_provider, to_buyer = _decided(before, after, event)
     await tx.connection.execute(
         update(disputes)
         .where(disputes.c.escrow_id == before.escrow.escrow_id, open_ones)
         .values(
             status=_DECIDED[event],
-            to_provider=after.escrow.released - before.escrow.released if decided else 0,
-            to_buyer=after.escrow.refunded - before.escrow.refunded if decided else 0,
+            to_provider=to_provider,
+            to_buyer=to_buyer,
             arbiter=arbiter,
             decided_at=tx.now,
         )

@@ -1,25 +1,26 @@
 """The books: how entries are chained, and the proof that a whole database is right.
 
 `Judge` is pure: rows in, violations out. It proves the invariants I1 to I5, I7 to I9, I18 and I19
-of `docs/money.md` on any database (I6 needs two moments and is kept by a trigger). It sees entries
-one by one, so what it remembers grows with the escrows, not with their history. Tests, the demo
-and `x402mw escrow check` all ask this same judge.
+of `docs/money.md` on any database (I6 needs two moments and is kept by a trigger), and `Facts`
+proves I20. Both see entries one by one, so what they remember grows with the rows that entries
+speak of, not with payments. Tests, the demo and `x402mw escrow check` all ask the same two.
 """
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, bindparam, select
+from sqlalchemy import Select, Table, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.escrow import modes, schema
 from x402mw.escrow.database import visiting
+from x402mw.escrow.facts import Facts, Row
 from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules.money import balance_changes, read_payees, split_fee
 from x402mw.escrow.rules.table import Event
@@ -119,13 +120,32 @@ async def check(connection: AsyncConnection) -> list[str]:
     judge = Judge(
         {row.account: row.balance for row in rows}, {row.account: row.asset for row in rows}
     )
+    facts = Facts()
     violations: list[str] = []
     async for chained in read_entries(connection):
         violations += judge.see(chained)
+        violations += facts.see(chained.entry)
     violations += judge.see_all_entries(service.entry_seq, service.entry_hash)
+    for table, see in _BESIDE:
+        for row in (await connection.execute(select(table))).mappings():
+            violations += see(facts, {**row})
     for escrow in await fetch_escrows(connection, select(schema.escrows)):
         violations += judge.see_escrow(escrow)
+        violations += facts.see_escrow(escrow)
+    violations += facts.end()
     return violations
+
+
+_BESIDE: tuple[tuple[Table, Callable[[Facts, Row], Iterator[str]]], ...] = (
+    (schema.transfers, Facts.see_transfer),
+    (schema.faucet_claims, Facts.see_claim),
+    (schema.bookings, Facts.see_booking),
+    (schema.agreements, Facts.see_agreement),
+    (schema.parts, Facts.see_part),
+    (schema.disputes, Facts.see_dispute),
+    (schema.evidence, Facts.see_evidence),
+)
+"""The tables of what entries speak of beside the money, and who looks at their rows."""
 
 
 async def read_entries(connection: AsyncConnection, since: int = 0) -> AsyncIterator[Chained]:

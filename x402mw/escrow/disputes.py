@@ -3,12 +3,15 @@
 `docs/disputes.md` is the playbook. Rules: `rules/manual.py` and `docs/money.md` 5.
 """
 
+from typing import Any
+
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import agents, agreements, deadlines, manual_bodies, schema
 from x402mw.escrow.access import ARBITER, Principal
 from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.facts import hash_content
 from x402mw.escrow.manual import Answer, find_part, keep, load, show
 from x402mw.escrow.rows import find_escrow
 from x402mw.escrow.rules import manual, money
@@ -38,9 +41,11 @@ async def dispute(
         deadline=tx.now + DISPUTE_SECONDS,
     )
     await _check_withdrawn(tx, after)
-    answer = await keep(tx, before, after, Event.DISPUTE, reason=wish.reason)
-    if wish.evidence and after.dispute is not None:
-        await _add_evidence(tx, caller, escrow_id, after.dispute.number, wish.evidence)
+    number = 0 if after.dispute is None else after.dispute.number
+    said = _say_evidence(number, 1, wish.evidence) if wish.evidence else None
+    answer = await keep(tx, before, after, Event.DISPUTE, reason=wish.reason, evidence=said)
+    if wish.evidence:
+        await _write_evidence(tx, caller, escrow_id, (number, 1), wish.evidence)
     return answer
 
 
@@ -63,25 +68,38 @@ async def add_evidence(
     manual.check_evidence(before)
     if before.dispute is None:
         raise InvalidState(before.escrow.status, Event.EVIDENCE)
-    await _add_evidence(tx, caller, escrow_id, before.dispute.number, wish.content)
-    kept = await agreements.keep(tx, before, before, Event.EVIDENCE)
+    number = before.dispute.number
+    line = await _next_line(tx, escrow_id, number)
+    await _write_evidence(tx, caller, escrow_id, (number, line), wish.content)
+    said = _say_evidence(number, line, wish.content)
+    kept = await agreements.keep(tx, before, before, Event.EVIDENCE, evidence=said)
     return await show(tx.connection, kept.escrow, kept)
 
 
-async def _add_evidence(
-    tx: Transaction, caller: str, escrow_id: str, number: int, content: str
-) -> None:
+async def _next_line(tx: Transaction, escrow_id: str, number: int) -> int:
     table = schema.evidence
     query = select(func.count()).where(table.c.escrow_id == escrow_id, table.c.number == number)
-    line = int((await tx.connection.execute(query)).scalar_one())
-    if line >= EVIDENCE_MAX:
+    lines = int((await tx.connection.execute(query)).scalar_one())
+    if lines >= EVIDENCE_MAX:
         raise Refused(409, "too_much_evidence", f"a dispute takes {EVIDENCE_MAX} statements")
+    return lines + 1
+
+
+def _say_evidence(number: int, line: int, content: str) -> dict[str, Any]:
+    """What an entry says of a statement: enough to prove what was said, and no more."""
+    return {"number": number, "line": line, "sha256": hash_content(content)}
+
+
+async def _write_evidence(
+    tx: Transaction, caller: str, escrow_id: str, place: tuple[int, int], content: str
+) -> None:
+    number, line = place
     await tx.insert(
-        table,
+        schema.evidence,
         {
             "escrow_id": escrow_id,
             "number": number,
-            "line": line + 1,
+            "line": line,
             "agent_id": caller,
             "content": content,
             "created_at": tx.now,

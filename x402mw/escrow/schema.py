@@ -114,7 +114,7 @@ parts = _table(
 disputes = _table(
     "disputes",
     text="escrow_id status opener reason arbiter",
-    numbers="number amount opened_at deadline to_provider to_buyer part decided_at",
+    numbers="number amount opened_at deadline to_provider to_buyer part decided_at entry",
     nullable="arbiter part decided_at",
 )
 

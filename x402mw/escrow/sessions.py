@@ -78,7 +78,7 @@ async def create(tx: Transaction, buyer: str, wish: NewEscrow) -> dict[str, Any]
     )._replace(low_balance=wish.low_balance)
     await agents.check_funds(tx, buyer, wish.amount)
     locked, token = await _issue(tx, session.top_up(empty, wish.amount))
-    return {**describe(tx.save(empty, locked, "lock")), "token": token}
+    return {**describe(tx.lock(empty, locked)), "token": token}
 
 
 async def check_lock(tx: Transaction, buyer: str, provider: str, amount: Atomic) -> str:

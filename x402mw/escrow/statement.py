@@ -35,7 +35,7 @@ class StatusSum(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """One moment of the books. `violations` is empty if I1 to I19 hold."""
+    """One moment of the books. `violations` is empty if I1 to I20 hold."""
 
     entries: int
     accounts: list[ClassSum]

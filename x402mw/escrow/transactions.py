@@ -25,6 +25,10 @@ from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import CHANGING, PAYING, Escrow, Transfer
 from x402mw.escrow.sets import Do, Set, Shape, write
 from x402mw.escrow.settings import Settings
+from x402mw.escrow.terms import Extra, hash_terms
+
+LOCK = "lock"
+"""The kind of an escrow's first entry."""
 
 OPERATOR = "operator"
 """The actor of what is done with the operator's commands, and the tenant whose admin keys book."""
@@ -128,6 +132,13 @@ class Transaction:
 
     # What an operation wants.
 
+    def lock(self, empty: Escrow, locked: Escrow, extra: Extra | None = None) -> Escrow:
+        """Keeps a new escrow; its entry holds one hash over all that is fixed from here on."""
+        if locked.low_balance is None:
+            locked = locked._replace(low_balance=locked.amount // LOW_BALANCE_PART)
+        said = {"terms": hash_terms(locked, extra), "expires_at": locked.expires_at}
+        return self.save(empty, locked, LOCK, data=said)
+
     def save(
         self,
         before: Escrow,
@@ -144,8 +155,6 @@ class Transaction:
         """
         self.service.change_seq += 1
         last = before.last_entry
-        if not before.opened and after.low_balance is None:
-            after = after._replace(low_balance=after.amount // LOW_BALANCE_PART)
         if kind != _SILENT:
             moves = tuple(transfers(before, after))
             says = mark(before, after, data)

@@ -27,9 +27,11 @@ async def send(tx: Transaction, sender: str, wish: NewTransfer) -> dict[str, Any
     asset = await agents.meet(tx, sender, recipient)
     await agents.check_funds(tx, sender, wish.amount)
     moves = [Transfer(agent_account(sender), agent_account(recipient), wish.amount)]
-    tx.post("transfer", moves, asset)
+    transfer_id = ids.format_id(TRANSFER, secrets.token_bytes(ids.ID_BYTES))
+    data = {"transfer_id": transfer_id, "memo": wish.memo}
+    tx.post("transfer", moves, asset, data=data)
     row = {
-        "transfer_id": ids.format_id(TRANSFER, secrets.token_bytes(ids.ID_BYTES)),
+        "transfer_id": transfer_id,
         "sender": sender,
         "recipient": recipient,
         "asset": asset,

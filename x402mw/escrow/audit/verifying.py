@@ -5,6 +5,7 @@ checkpoint was signed by a key of this escrow for just this chain; and whatever 
 checkpoint remembers is still there as it was.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -13,6 +14,13 @@ from x402mw.core.errors import TokenRefused, UnknownKey
 from x402mw.core.strict import b64url_decode
 from x402mw.escrow.audit.items import FORMAT, End, Item, Link, Opening, Point
 from x402mw.escrow.books import GENESIS, hash_text
+
+UNSIGNED_ENTRIES_MAX = 1000
+UNSIGNED_SECONDS_MAX = 660
+"""A service signs after so many entries, and ten minutes of news; a minute is for its own pace."""
+
+_CREATED_AT = 4
+"""Where the text of an entry says when it was written."""
 
 _HASH = re.compile("[0-9a-f]{64}", re.ASCII)
 Remembered = tuple[int, str]
@@ -44,6 +52,8 @@ class Verifier:
         self._opening: Opening | None = None
         self._seq, self._hash = 0, GENESIS
         self._ended = False
+        self._newest = ""
+        self._first_unsigned = ""
 
     def see(self, item: Item) -> None:
         """The next item."""
@@ -63,6 +73,24 @@ class Verifier:
         """There are no more items."""
         if not self._ended:
             raise Broken(f"the export was cut off after entry {self._seq}: it has no end")
+
+    def check_signed(self) -> None:
+        """Raises `Broken` if more stands unsigned at the end than a service leaves unsigned.
+
+        Whoever takes checkpoints away and can compute hashes could have rewritten that much.
+        """
+        if not self._first_unsigned or self._opening is None:
+            return
+        first = max(self.covered, self._opening.since) + 1
+        what = f"entries {first} to {self._seq} are not signed"
+        if not (self.covered or self._opening.since):
+            raise Broken(f"{what}, nor is any other: nothing tells whether they were rewritten")
+        if self._seq - first >= UNSIGNED_ENTRIES_MAX:
+            raise Broken(f"{what}, but one in {UNSIGNED_ENTRIES_MAX} should be")
+        since, until = map(_written_at, (self._first_unsigned, self._newest))
+        if until - since > UNSIGNED_SECONDS_MAX:
+            told = f"{what}, though they took {until - since} seconds to be written"
+            raise Broken(f"{told}: start the service, or find out who took its checkpoints")
 
     def _open(self, opening: Opening) -> None:
         if opening.format != FORMAT:
@@ -98,6 +126,8 @@ class Verifier:
         if not link.text.startswith(f"[{seq},"):
             raise Broken(f"entry {seq} says another number")
         self._seq, self._hash = seq, link.hash
+        self._newest = link.text
+        self._first_unsigned = self._first_unsigned or link.text
         self.entries += 1
         self._memory.compare(seq, link.hash)
 
@@ -117,12 +147,17 @@ class Verifier:
         if (point.seq, point.hash, said.hash) != (self._seq, self._hash, self._hash):
             raise Broken(f"{name} was signed for another history: it was rewritten")
         self.covered = point.seq
+        self._first_unsigned = ""
 
     def _see_end(self, end: End) -> None:
         if (end.seq, end.hash) != (self._seq, self._hash):
             raise Broken(f"the books end at entry {self._seq}, but should at {end.seq}")
         self._memory.finish(self._seq)
         self._ended = True
+
+
+def _written_at(text: str) -> int:
+    return int(json.loads(text)[_CREATED_AT])
 
 
 class _Memory:
