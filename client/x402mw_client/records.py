@@ -205,10 +205,13 @@ class OpenDispute(Answer):
 
 
 class DisputeRecord(OpenDispute):
-    """A dispute as arbiters see it."""
+    """A dispute, between whom, and over which milestone, if it is about one."""
 
     escrow: SessionId = Field(alias="escrow_id")
     status: str
+    from_agent_id: str = ""
+    to_agent_id: str = ""
+    milestone: str | None = None
     reason: str = ""
     to_provider: Amount = ZERO
     to_buyer: Amount = ZERO
@@ -221,12 +224,6 @@ class Statement(Answer):
     agent_id: str
     content: str
     created_at: int
-
-
-class CaseRecord(DisputeRecord):
-    """A dispute with all that was said in it, in order."""
-
-    evidence: list[Statement] = []
 
 
 class EscrowRecord(Answer):
@@ -278,6 +275,13 @@ class EscrowRecord(Answer):
     def free(self) -> Atomic:
         """What is held and not disputed."""
         return Atomic(self.remaining - self.disputed)
+
+
+class CaseRecord(DisputeRecord):
+    """A dispute with all that was said in it, in order, and the escrow as its parties see it."""
+
+    evidence: list[Statement] = []
+    agreement: EscrowRecord | None = None
 
 
 class Outcome(Answer):

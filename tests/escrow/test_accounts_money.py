@@ -14,6 +14,7 @@ from x402mw.core.amounts import AMOUNT_MAX, Atomic, display, to_atomic
 from x402mw.escrow import banking, modes, referrals, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.rows import balance_of
+from x402mw.escrow.statement import draw_up
 from x402mw.escrow.stats import coarse
 from x402mw.escrow.transactions import OPERATOR
 
@@ -353,6 +354,23 @@ async def test_public_figures_are_coarse_and_seldom_made(db: str) -> None:
         assert (later["agents"], later["escrows"]) == (10, {"open": 10, "ended": 0})
         assert later["released"] == 50
         assert later["counted_at"] == 1_800_003_600
+
+
+async def test_figures_outgrow_an_integer(db: str) -> None:
+    """C2: money that turns over often sums to more than 2^63, and is still counted to the unit."""
+    async with market(db, balance="9000000000000.00") as m:
+        body = {"to_agent_id": m.provider.agent_id, "amount": "8000000000000.00"}
+        back = {"to_agent_id": m.buyer.agent_id, "amount": "7900000000000.00"}
+        for _ in range(2):
+            name = (await m.post(m.buyer, "/escrow", body)).json()["escrow_id"]
+            assert (await m.post(m.buyer, f"/escrow/{name}/release", {})).status_code == 200
+            assert (await m.post(m.provider, "/transfers", back)).status_code == 201
+        for _ in range(8):
+            await m.open("1.00")
+        assert (await m.get(None, "/stats")).json()["released"] == 10_000_000_000_000
+        statement = await draw_up(m.escrow.settings.database_url)
+    (manual,) = [one for one in statement.escrows if one.kind == "manual"]
+    assert manual.released == 16_000_000_000_000 * 10**6 > AMOUNT_MAX
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,10 @@ async def test_disputes(stage: Any) -> None:
         async with s.as_agent(await make_agent(s.m, tenant, ARBITER)) as arbiter:
             job = await s.buyer.lock(s.to, "10.00")
             shown = await s.buyer.dispute(job, "late", amount="6.00", evidence="see the log")
-            assert (shown.status, shown.disputed, shown.free) == ("disputed", 6_000_000, 4_000_000)
+            (listed,) = (await s.buyer.list_escrows()).items
+            for record in (shown, listed):
+                state = (record.status, record.disputed, record.free)
+                assert state == ("disputed", 6_000_000, 4_000_000)
             assert (shown.dispute.opened_by, shown.dispute.amount) == (
                 s.m.buyer.agent_id,
                 6_000_000,
@@ -200,6 +203,8 @@ async def test_disputes(stage: Any) -> None:
             for reader in (arbiter, s.buyer, s.provider):
                 second, first = (await reader.list_cases(job)).items
                 assert (second.status, first.status) == ("resolved", "withdrawn")
+                assert second.agreement.memo == ended.memo
+                assert (first.from_agent_id, first.milestone) == (s.m.buyer.agent_id, None)
                 assert [said.content for said in first.evidence] == [
                     "see the log",
                     "it was on time",

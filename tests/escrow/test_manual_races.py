@@ -340,3 +340,37 @@ async def test_only_parties_and_arbiters_read_what_was_said(db: str) -> None:
             assert answer.status_code == status
         (case,) = (await m.get(judge, f"/escrow/{loud}/disputes")).json()["items"]
         assert [said["content"] for said in case["evidence"]] == ["a photograph"]
+
+
+async def test_an_arbiter_sees_what_there_is_to_judge(db: str) -> None:
+    """A case names its parties and milestone, and shows terms, proof and review as parties do."""
+    async with market(db) as m:
+        judge = await arbiter(m)
+        parts = [{"name": "draft", "amount": "4.00"}]
+        name = await lock(m, memo="a tale", milestones=parts, review_seconds=600)
+        await done(m, m.provider, name, "deliver", milestone="draft", proof="page one")
+        await done(m, m.buyer, name, "dispute", milestone="draft", reason="too short")
+        (listed,) = (await m.get(judge, "/disputes")).json()["items"]
+        (case,) = (await m.get(judge, f"/escrow/{name}/disputes")).json()["items"]
+        shown = await m.show(name)
+    for found in (listed, case):
+        assert found["milestone"] == "draft"
+        parties = (m.buyer.agent_id, m.provider.agent_id)
+        assert (found["from_agent_id"], found["to_agent_id"]) == parties
+    assert case["agreement"] == shown
+    assert (shown["memo"], shown["milestones"][0]["proof"]) == ("a tale", "page one")
+
+
+async def test_a_walk_through_disputes_skips_none(db: str) -> None:
+    """Open disputes come by their entry: one opened in the second of a page is on a later one."""
+    async with market(db) as m:
+        judge = await arbiter(m)
+        # Ids are random, so of so many some are smaller than one before.
+        names, seen, after = [await lock(m, amount="1") for _ in range(6)], [], {}
+        for name in names:
+            await done(m, m.buyer, name, "dispute", reason="late")
+            if name != names[0]:
+                page = (await m.get(judge, "/disputes", limit=1, **after)).json()
+                seen += [item["escrow_id"] for item in page["items"]]
+                after = {"after": page["next"]}
+        assert seen == names[:-1]

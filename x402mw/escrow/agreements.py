@@ -255,16 +255,34 @@ async def count_withdrawn(connection: AsyncConnection, escrow_id: str, opened: D
     return int((await connection.execute(query)).scalar_one())
 
 
+_DISPUTES = (
+    select(
+        schema.disputes,
+        schema.escrows.c.buyer,
+        schema.escrows.c.provider,
+        schema.parts.c.name.label("milestone"),
+    )
+    .join(schema.escrows, schema.escrows.c.escrow_id == schema.disputes.c.escrow_id)
+    .outerjoin(
+        schema.parts,
+        (schema.parts.c.escrow_id == schema.disputes.c.escrow_id)
+        & (schema.parts.c.number == schema.disputes.c.part),
+    )
+)
+
+
 async def open_disputes(
     connection: AsyncConnection, *, asset: str, limit: int, after: tuple[int, str] | None
 ) -> Sequence[Any]:
-    """Disputes that wait for a decision, oldest first, from after (opened_at, escrow id)."""
-    disputes, escrows = schema.disputes, schema.escrows.c
-    query = select(disputes).join(schema.escrows, escrows.escrow_id == disputes.c.escrow_id)
-    query = query.where(disputes.c.status == OPEN, escrows.asset == asset)
+    """Disputes that wait for a decision, oldest first, from after (entry, escrow id).
+
+    By the number of their entry: what is opened later comes later, also within one second.
+    """
+    disputes = schema.disputes.c
+    query = _DISPUTES.where(disputes.status == OPEN, schema.escrows.c.asset == asset)
     if after is not None:
-        query = query.where(tuple_(disputes.c.opened_at, disputes.c.escrow_id) > after)
-    query = query.order_by(disputes.c.opened_at, disputes.c.escrow_id).limit(limit)
+        query = query.where(tuple_(disputes.entry, disputes.escrow_id) > after)
+    query = query.order_by(disputes.entry, disputes.escrow_id).limit(limit)
     return (await connection.execute(query)).all()
 
 
@@ -272,11 +290,11 @@ async def disputes_of(
     connection: AsyncConnection, escrow_id: str, *, limit: int, after: int | None
 ) -> Sequence[Any]:
     """The disputes an escrow has had, newest first, from before number `after`."""
-    disputes = schema.disputes
-    query = select(disputes).where(disputes.c.escrow_id == escrow_id)
+    disputes = schema.disputes.c
+    query = _DISPUTES.where(disputes.escrow_id == escrow_id)
     if after is not None:
-        query = query.where(disputes.c.number < after)
-    return (await connection.execute(query.order_by(disputes.c.number.desc()).limit(limit))).all()
+        query = query.where(disputes.number < after)
+    return (await connection.execute(query.order_by(disputes.number.desc()).limit(limit))).all()
 
 
 async def evidence_of(
@@ -300,6 +318,9 @@ def describe_dispute(row: Any) -> dict[str, Any]:
         "escrow_id": row.escrow_id,
         "number": row.number,
         "status": row.status,
+        "from_agent_id": row.buyer,
+        "to_agent_id": row.provider,
+        "milestone": row.milestone or None,
         "opened_by": row.opener,
         "reason": row.reason,
         "amount": display(row.amount),

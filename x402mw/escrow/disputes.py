@@ -143,7 +143,7 @@ async def show_all(
     last = rows[limit - 1] if len(rows) > limit else None
     return {
         "items": [agreements.describe_dispute(row) for row in rows[:limit]],
-        "next": None if last is None else f"{last.opened_at}.{last.escrow_id}",
+        "next": None if last is None else f"{last.entry}.{last.escrow_id}",
     }
 
 
@@ -156,7 +156,7 @@ async def show_of(
     limit: int,
     after: int | None,
 ) -> Answer:
-    """A page of an escrow's disputes with what was said in them, newest first.
+    """A page of an escrow's disputes, newest first: what was said, and the escrow as it is.
 
     For its parties, and for arbiters of its asset if it was ever disputed.
     """
@@ -168,8 +168,13 @@ async def show_of(
     if caller.agent_id not in (escrow.buyer, escrow.provider) and not judges:
         raise not_found()
     said = await agreements.evidence_of(connection, escrow_id, [row.number for row in rows[:limit]])
+    agreement = await show(connection, escrow)
     items = [
-        {**agreements.describe_dispute(row), "evidence": said.get(row.number, [])}
+        {
+            **agreements.describe_dispute(row),
+            "evidence": said.get(row.number, []),
+            "agreement": agreement,
+        }
         for row in rows[:limit]
     ]
     return {"items": items, "next": str(items[-1]["number"]) if len(rows) > limit else None}

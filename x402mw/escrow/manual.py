@@ -345,7 +345,6 @@ async def show(
 def _describe_agreement(agreement: Agreement) -> Answer:
     dispute = agreement.dispute
     return {
-        "disputed": display(agreement.escrow.disputed),
         "carried_units": str(agreement.carry),
         "review_seconds": agreement.review_seconds,
         "milestones": [_describe_part(part) for part in agreement.parts if part.number != WHOLE],

@@ -3,7 +3,7 @@
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Select, bindparam, select
+from sqlalchemy import Column, ColumnElement, Select, bindparam, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import schema
@@ -33,3 +33,19 @@ async def find_escrow(connection: AsyncConnection, escrow_id: str) -> Escrow | N
 async def balance_of(connection: AsyncConnection, account: str) -> int:
     """The stored balance of an account that exists, in atomic units."""
     return int((await connection.execute(_BALANCE, {"wanted": account})).scalar_one())
+
+
+_HALF = 2**32
+
+
+def whole_sum(column: Column[Any]) -> tuple[ColumnElement[Any], ColumnElement[Any]]:
+    """Sums a column in two halves: money that turns over sums to more than an integer holds.
+
+    SQLite would refuse such a sum; of halves it holds those of two thousand million rows.
+    """
+    return func.sum(column // _HALF), func.sum(column % _HALF)
+
+
+def join_sum(high: int, low: int) -> int:
+    """Puts both halves together."""
+    return int(high) * _HALF + int(low)

@@ -45,6 +45,7 @@ def describe(escrow: Escrow) -> dict[str, Any]:
         "redeemed": display(escrow.redeemed),
         "refunded": display(escrow.refunded),
         "returned": display(escrow.returned),
+        "disputed": display(escrow.disputed),
         "remaining": display(escrow.remaining),
         "fee": display(escrow.fee),
         "session_key": escrow.session_key or None,

@@ -8,8 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from x402mw.core.amounts import Atomic
 from x402mw.escrow import books, schema
 from x402mw.escrow.database import visiting
-
-ACCOUNT_CLASSES = ("agent", "escrow", "faucet", "house", "world")
+from x402mw.escrow.rows import join_sum, whole_sum
 
 
 class ClassSum(NamedTuple):
@@ -69,10 +68,11 @@ async def _sum_accounts(connection: AsyncConnection) -> list[ClassSum]:
 async def _sum_escrows(connection: AsyncConnection) -> list[StatusSum]:
     escrows = schema.escrows.c
     group = (escrows.asset, escrows.kind, escrows.status)
-    sums = [
-        func.sum(column)
-        for column in (escrows.amount, escrows.released, escrows.refunded, escrows.disputed)
-    ]
-    query = select(*group, func.count(), *sums).group_by(*group).order_by(*group)
-    rows = (await connection.execute(query)).all()
-    return [StatusSum(*row[:4], *(Atomic(int(total)) for total in row[4:])) for row in rows]
+    columns = (escrows.amount, escrows.released, escrows.refunded, escrows.disputed)
+    halves = [half for column in columns for half in whole_sum(column)]
+    query = select(*group, func.count(), *halves).group_by(*group).order_by(*group)
+    found = []
+    for row in (await connection.execute(query)).all():
+        pairs = zip(row[4::2], row[5::2], strict=True)
+        found.append(StatusSum(*row[:4], *(Atomic(join_sum(*pair)) for pair in pairs)))
+    return found

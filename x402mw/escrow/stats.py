@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import display
 from x402mw.escrow import modes, schema
+from x402mw.escrow.rows import join_sum, whole_sum
 from x402mw.escrow.rules.values import ENDED_STATUSES
 from x402mw.escrow.settings import Settings
 
@@ -73,14 +74,14 @@ async def count(connection: AsyncConnection, settings: Settings) -> dict[str, An
     known = (await connection.execute(live)).scalar_one()
     asset = modes.asset_of(settings.asset.code, modes.LIVE)
     query = (
-        select(escrows.status, func.count(), func.sum(escrows.released))
+        select(escrows.status, func.count(), *whole_sum(escrows.released))
         .where(escrows.asset == asset)
         .group_by(escrows.status)
     )
     rows = (await connection.execute(query)).all()
-    ended = sum(number for status, number, _ in rows if status in ENDED_STATUSES)
-    every = sum(number for _, number, _ in rows)
-    paid = sum(int(released) for *_, released in rows) // settings.asset.unit
+    ended = sum(number for status, number, *_ in rows if status in ENDED_STATUSES)
+    every = sum(number for _, number, *_ in rows)
+    paid = sum(join_sum(*halves) for _, _, *halves in rows) // settings.asset.unit
     return {
         "agents": coarse(known),
         "escrows": {"open": coarse(every - ended), "ended": coarse(ended)},

@@ -48,7 +48,8 @@ class Answer(BaseModel):
 class Escrow(Answer):
     """An escrow. `remaining` is what it still holds: amount - released - refunded.
 
-    A manual one has no `session_key` and no `journal`: they are null.
+    A dispute holds `disputed` of that back, never of a session. A manual escrow has no
+    `session_key` and no `journal`: they are null.
     """
 
     escrow_id: EscrowId
@@ -63,6 +64,7 @@ class Escrow(Answer):
     redeemed: Money
     refunded: Money
     returned: Money
+    disputed: Money
     remaining: Money
     fee: Money
     session_key: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{43}$")] | None
@@ -105,7 +107,6 @@ class OpenDispute(Answer):
 class ManualEscrow(Escrow):
     """An escrow that its buyer releases by hand. `carried_units` are fractions not yet paid."""
 
-    disputed: Money
     carried_units: Annotated[str, Field(pattern="^[0-9]+(/[0-9]+)?$")]
     review_seconds: Count | None
     milestones: list[Part]
@@ -128,11 +129,14 @@ class ConditionMet(Answer):
 
 
 class Dispute(Answer):
-    """A dispute as arbiters see it."""
+    """A dispute, between whom, and over which milestone, if it is about one."""
 
     escrow_id: EscrowId
     number: Count
     status: str
+    from_agent_id: AgentId
+    to_agent_id: AgentId
+    milestone: str | None
     opened_by: AgentId
     reason: str
     amount: Money
@@ -159,9 +163,10 @@ class Statement(Answer):
 
 
 class Case(Dispute):
-    """A dispute with all that was said in it."""
+    """A dispute with all that was said in it, and the escrow as its parties see it."""
 
     evidence: list[Statement]
+    agreement: ManualEscrow
 
 
 class Cases(Answer):

@@ -36,8 +36,8 @@ async def _withdraw(tx: Transaction, caller: str, escrow_id: str, _body: Body) -
 async def list_disputes(request: Request) -> Response:
     """GET /disputes, for arbiters."""
     query = find_query(request, DisputePage)
-    opened_at, _, escrow_id = (query.after or "").partition(".")
-    after = (int(opened_at), escrow_id) if escrow_id else None
+    entry, _, escrow_id = (query.after or "").partition(".")
+    after = (int(entry), escrow_id) if escrow_id else None
     ledger = find_ledger(request)
     asset = modes.asset_of(ledger.settings.asset.code, find_principal(request).mode)
     page = await ledger.read(
@@ -126,7 +126,7 @@ ROUTES: Routes = (
     ),
     Route(
         *("GET", "/escrow/{escrow_id}/disputes", f"{READ} {ARBITER}", list_escrow_disputes),
-        "Lists the disputes of an escrow with all that was said in them, newest first.",
+        "Lists the disputes of an escrow, newest first: what was said, and the escrow itself.",
         answers.Cases,
         query=CasePage,
     ),
