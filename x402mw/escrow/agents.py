@@ -40,7 +40,7 @@ async def register(
     row = {"agent_id": agent_id, "name": name, "tenant": tenant, "handle": handle}
     await tx.insert(schema.agents, {**row, "referrer": referrer or None, "created_at": tx.now})
     key = await access.issue(tx, agent_id, mode, scopes)
-    # Who registers alone enters nothing: strangers must not grow the books for free.
+    # Who registers alone, as most strangers do, enters nothing.
     if referrer or tenant not in PUBLIC.values():
         tx.note("agent_created", actor=agent_id, data={"tenant": tenant, "referrer": referrer})
     return {**row, "api_key": key["api_key"], "mode": mode, "balance": display(0)}
