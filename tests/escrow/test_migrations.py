@@ -20,13 +20,16 @@ pytestmark = pytest.mark.anyio
 OLD = json.loads((Path(__file__).parent / "books_0003.json").read_text())
 """What revision 0003 had written, and the secrets of its agents; 0001 has the same columns."""
 
+MANUAL = json.loads((Path(__file__).parent / "books_0005.json").read_text())
+"""The same of 0005: manual escrows with payees, a review and a dispute, a carry, a transfer."""
+
 
 @pytest.fixture(params=["0001", "0003"])
 async def old_db(request: pytest.FixtureRequest, empty_db: str) -> str:
     """A database of an older version that was traded in."""
     async with opened(empty_db) as connection:
         await connection.run_sync(lambda sync: database.upgrade(sync, request.param))
-        await connection.run_sync(_fill)
+        await connection.run_sync(_fill, OLD)
     return empty_db
 
 
@@ -41,9 +44,9 @@ async def opened(url: str) -> AsyncIterator[AsyncConnection]:
         await engine.dispose()
 
 
-def _fill(connection: Connection) -> None:
+def _fill(connection: Connection, old: dict[str, Any]) -> None:
     tables = _reflect(connection)
-    for name, rows in OLD["tables"].items():
+    for name, rows in old["tables"].items():
         if rows:
             connection.execute(insert(tables[name]), rows)
 
@@ -157,3 +160,36 @@ async def test_old_bookings_are_kept_beside_those_of_fees(old_db: str) -> None:
         with pytest.raises(Exception, match=r"(?i)check"):
             async with opened(old_db) as connection:
                 await connection.execute(insert(schema.bookings), row)
+
+
+async def test_old_manual_escrows_go_on(empty_db: str) -> None:
+    """House: what 0005 held of deliveries, disputes, carries and test money is kept and goes on."""
+    async with opened(empty_db) as connection:
+        await connection.run_sync(lambda sync: database.upgrade(sync, "0005"))
+        await connection.run_sync(_fill, MANUAL)
+    keys = MANUAL["keys"]
+    async with running_escrow(empty_db) as escrow, client_of(escrow.url) as http:
+        buyer, provider, toy = (Agent("", keys[name]) for name in ("buyer", "provider", "test"))
+        m = Market(escrow, http, buyer, provider)
+        assert await escrow.check() == []
+        async with opened(empty_db) as connection:
+            now = await connection.run_sync(_read)
+        for name, rows in MANUAL["tables"].items():
+            for row in rows:
+                if name != "service":
+                    assert any(row.items() <= found.items() for found in now[name]), (name, row)
+        assert (await m.get(toy, "/agents/me")).json()["balance"] == "100.00"
+        sent = {"to_agent_id": keys["provider_id"], "amount": "1.00"}
+        again = await m.post(buyer, "/transfers", sent, key="t1")
+        assert again.headers["idempotent-replayed"] == "true"
+        (case,) = (await m.get(buyer, f"/escrow/{keys['disputed']}/disputes")).json()["items"]
+        assert (case["amount"], case["evidence"][0]["content"]) == ("3.00", "e")
+        await m.post(provider, f"/escrow/{keys['disputed']}/dispute/evidence", {"content": "no"})
+        await m.post(buyer, f"/escrow/{keys['disputed']}/dispute/withdraw", {})
+        await escrow.pass_time(700)
+        delivered, disputed = [await m.show(keys[name]) for name in ("delivered", "disputed")]
+        assert (delivered["released"], delivered["milestones"][0]["state"]) == ("4.00", "paid")
+        assert (disputed["disputed"], disputed["carried_units"]) == ("0.00", "1/2")
+        met = await m.post(provider, f"/escrow/{keys['disputed']}/condition", {"outcome": "x"})
+        assert met.json()["met"] is True
+        assert await escrow.check() == []
