@@ -36,6 +36,13 @@ def test_junk_is_no_atomic_amount(text: object) -> None:
         amounts.parse_atomic(text)
 
 
+@pytest.mark.parametrize("value", [10**61, -(10**61), Decimal("1e61"), Decimal("7" * 100_000)])
+def test_a_number_of_many_digits_is_refused_before_it_is_expanded(value: Decimal | int) -> None:
+    """M3: a JSON number may have any length, and to expand a million digits takes a minute."""
+    with pytest.raises(AmountInvalid):
+        amounts.parse_number(value)
+
+
 @given(st.text(max_size=45))
 def test_any_text_is_an_amount_or_refused(text: str) -> None:
     """No text whatever raises anything but `AmountInvalid`."""
