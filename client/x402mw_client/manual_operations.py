@@ -158,7 +158,7 @@ def settle_share(
     """Pays a share (0 to 1) of all that is free, rounded down to the unit, and takes the rest back.
 
     Both happen in one step (X19). Where nothing is free any more nothing happens, so doing it
-    again is harmless.
+    again is harmless. What was delivered is not taken back: `EscrowRefused` (X24).
     """
     part = read_number(share)
     if not 0 <= part <= 1:
