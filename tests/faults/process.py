@@ -156,6 +156,7 @@ class _Announcing(AnnouncingServer):
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
         uvicorn.Server.__init__(self, config)
         self._announce = announce
+        self._farewell = lambda: None
 
 
 def _listen(port: int) -> socket.socket:
