@@ -10,7 +10,7 @@ from x402mw.core.amounts import AMOUNT_MAX, Atomic, to_atomic, to_atomic_floor
 from x402mw.core.errors import AmountInvalid
 from x402mw.escrow import modes
 from x402mw.escrow.bodies import read_total
-from x402mw.escrow.rules import money
+from x402mw.escrow.rules import money, outage
 from x402mw.escrow.rules import session as rules
 from x402mw.escrow.rules.table import TRANSITIONS, Event, InvalidState
 from x402mw.escrow.rules.values import SESSION, Escrow, Phase
@@ -190,14 +190,14 @@ def test_a_token_claims_until_the_escrow_expires_at_most(age: int) -> None:
 
 def test_deadlines_wait_for_an_escrow_that_was_down() -> None:
     """T5: a session deadline applies at max(deadline, up_since + 600)."""
-    assert rules.effective_deadline(T0, T0 - 10_000) == T0
-    assert rules.effective_deadline(T0, T0 - 1) == T0 + 599
+    assert outage.effective_deadline(T0, T0 - 10_000) == T0
+    assert outage.effective_deadline(T0, T0 - 1) == T0 + 599
     closing = rules.close_by_buyer(session(), T0)
     assert closing.due_at == T0 + 900
-    assert not rules.is_due(closing, T0 + 899, T0 - 10_000)
-    assert rules.is_due(closing, T0 + 900, T0 - 10_000)
-    assert not rules.is_due(closing, T0 + 900, T0 + 301)
-    assert not rules.is_due(rules.reach_deadline(closing), T0 + 900, T0 - 10_000)
+    assert not outage.is_due(closing, T0 + 899, T0 - 10_000)
+    assert outage.is_due(closing, T0 + 900, T0 - 10_000)
+    assert not outage.is_due(closing, T0 + 900, T0 + 301)
+    assert not outage.is_due(rules.reach_deadline(closing), T0 + 900, T0 - 10_000)
 
 
 def test_a_session_without_any_token_closes_at_once() -> None:

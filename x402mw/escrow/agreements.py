@@ -11,7 +11,7 @@ from x402mw.core.amounts import ZERO, Atomic, atomic, display
 from x402mw.escrow import schema
 from x402mw.escrow.rules import manual
 from x402mw.escrow.rules.agreement import Agreement, Dispute, Part, PartState
-from x402mw.escrow.rules.session import effective_deadline
+from x402mw.escrow.rules.outage import effective_deadline
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import Escrow
 from x402mw.escrow.terms import Extra

@@ -12,7 +12,8 @@ from sqlalchemy import ColumnElement, Select, Text, bindparam, select
 
 from x402mw.escrow import agreements, schema
 from x402mw.escrow.rows import fetch_escrows
-from x402mw.escrow.rules.session import effective_deadline, reach_deadline
+from x402mw.escrow.rules.outage import effective_deadline
+from x402mw.escrow.rules.session import reach_deadline
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import MANUAL
 from x402mw.escrow.transactions import Transaction

@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, delete, select
 from x402mw.escrow import schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.keys import Signer
-from x402mw.escrow.rules.session import UP_GRACE_SECONDS
+from x402mw.escrow.rules.outage import UP_GRACE_SECONDS
 from x402mw.escrow.transactions import Transaction
 
 KEY_CHARACTERS_MAX = 255

@@ -24,7 +24,7 @@ from x402mw.escrow.events.news import News
 from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rows import fetch_escrows
-from x402mw.escrow.rules.session import UP_GRACE_SECONDS
+from x402mw.escrow.rules.outage import UP_GRACE_SECONDS
 from x402mw.escrow.rules.table import InvalidState, NotCovered
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.stats import Stats

@@ -24,7 +24,7 @@ from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import find_escrow
 from x402mw.escrow.rules import manual, money
 from x402mw.escrow.rules.agreement import WHOLE, Agreement, Part
-from x402mw.escrow.rules.session import effective_deadline
+from x402mw.escrow.rules.outage import effective_deadline
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import MANUAL, Escrow, Phase, new_escrow
 from x402mw.escrow.sessions import as_party, check_lock, describe

@@ -22,6 +22,7 @@ from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.events.ends import end_of_agent
 from x402mw.escrow.rows import fetch_escrows, find_escrow
 from x402mw.escrow.rules import session
+from x402mw.escrow.rules.outage import is_due
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import LIVE_STATUSES, OPEN_STATUSES, SESSION, Escrow
 from x402mw.escrow.transactions import Transaction
@@ -168,7 +169,7 @@ async def release(
 def close_as_buyer(tx: Transaction, before: Escrow) -> dict[str, Any]:
     """Starts closing; ends at once when no voucher could be redeemed any more."""
     closing = session.close_by_buyer(before, tx.now)
-    if session.is_due(closing, tx.now, tx.service.up_since):
+    if is_due(closing, tx.now, tx.service.up_since):
         return _keep(tx, before, session.reach_deadline(closing), Event.DEADLINE)
     return _keep(tx, before, closing, Event.BUYER_CLOSE)
 

@@ -7,6 +7,7 @@ books can never disagree with the state.
     values     an escrow, its statuses, and a movement of money
     table      the one transition table of both kinds
     money      fee, referral and revenue split; the movements between two states
+    outage     deadlines after the escrow was down
     session    vouchers: L and R only grow until the close
     agreement  what a manual escrow is: parts, dispute, carry
     manual     the buyer releases: milestones, deliveries, disputes, conditions

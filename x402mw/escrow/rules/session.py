@@ -16,9 +16,6 @@ from x402mw.escrow.rules.money import raised
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import REFUND, SESSION, Escrow, Phase, ended_status, new_escrow
 
-UP_GRACE_SECONDS = 600
-"""After an outage every session deadline leaves at least this long to present vouchers (T5)."""
-
 
 def top_up(escrow: Escrow, amount: Atomic) -> Escrow:
     """Locks more: L grows."""
@@ -121,16 +118,6 @@ def token_expiry(now: int, expires_at: int, claim_seconds: int) -> int | None:
     """
     exp = min(now + TOKEN_SECONDS, expires_at - claim_seconds)
     return exp if exp > now else None
-
-
-def effective_deadline(deadline: int, up_since: int) -> int:
-    """When a deadline really applies: an escrow that was down gives everyone time (T5)."""
-    return max(deadline, up_since + UP_GRACE_SECONDS)
-
-
-def is_due(escrow: Escrow, now: int, up_since: int) -> bool:
-    """Tells whether the rest of a live escrow must go home now (T1: valid iff now < deadline)."""
-    return escrow.due_at is not None and now >= effective_deadline(escrow.due_at, up_since)
 
 
 def new_session(
