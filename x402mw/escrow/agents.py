@@ -13,10 +13,9 @@ from x402mw.escrow import access, deadlines, modes, referrals, schema
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import balance_of
 from x402mw.escrow.rules.values import Transfer, agent_account
+from x402mw.escrow.settings import DAY_SECONDS
 from x402mw.escrow.tenants import PUBLIC, find_mode
 from x402mw.escrow.transactions import OPERATOR, Transaction
-
-DAY_SECONDS = 24 * 60 * 60
 
 
 async def register(

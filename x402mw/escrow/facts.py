@@ -15,12 +15,12 @@ from x402mw.core.amounts import to_atomic
 from x402mw.escrow import modes
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import Escrow
+from x402mw.escrow.settings import DAY_SECONDS
 from x402mw.escrow.terms import Extra, Milestone, hash_terms
 
 if TYPE_CHECKING:
     from x402mw.escrow.books import Entry
 
-DAY_SECONDS = 24 * 60 * 60
 _AGENT = "agent:"
 _BANKED = ("deposit", "withdrawal", "fees")
 _PENDING = {"state": "pending", "proof": "", "review_until": None}

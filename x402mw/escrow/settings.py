@@ -15,6 +15,9 @@ LOCAL_PROXIES = "127.0.0.1,::1,::ffff:127.0.0.1"
 
 ONE_DOLLAR, HUNDRED_DOLLARS = to_atomic("1.00"), to_atomic("100.00")
 TEN_THOUSAND_DOLLARS = to_atomic("10000.00")
+DAY_SECONDS = 24 * 60 * 60
+"""A day of the faucet, in UTC."""
+
 _NETWORK = re.compile(r"escrow:[-_a-zA-Z0-9]{1,32}", re.ASCII)
 
 

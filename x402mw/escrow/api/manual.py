@@ -74,7 +74,7 @@ ROUTES: Routes = (
     ),
     on_escrow(
         *("refund", _EITHER, bodies.TakeBack, manual.refund),
-        "Sends the buyer what is still held: as the buyer what is not under review, else all.",
+        "Sends the buyer what is still held: as the buyer what was never delivered, else all.",
         "not_covered",
     ),
     on_escrow(

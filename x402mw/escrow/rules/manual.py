@@ -54,9 +54,9 @@ def release_all(agreement: Agreement) -> Agreement:
 
 def settle(agreement: Agreement, released: Atomic, refunded: Atomic) -> Agreement:
     """Pays one part and sends another home, at once: the performance settlement."""
-    table.check(agreement.escrow, Event.SETTLE)
-    if refunded:
-        _check_taking(agreement, Event.SETTLE, refunded)
+    most = _takeable(agreement, Event.SETTLE) if refunded else ZERO
+    if refunded > most:
+        raise NotCovered("free to go back", most)
     return _pay(agreement, Event.SETTLE, released, refunded, reason="release")
 
 
@@ -67,29 +67,31 @@ def meet_condition(agreement: Agreement) -> Agreement:
 
 def refund(agreement: Agreement, amount: Atomic | None) -> Agreement:
     """The buyer takes back what is free and never was delivered; None means all of it."""
-    table.check(agreement.escrow, Event.REFUND)
-    wanted = agreement.escrow.free - agreement.claimed if amount is None else amount
-    _check_taking(agreement, Event.REFUND, wanted)
-    return _pay(agreement, Event.REFUND, ZERO, wanted, reason="refund")
-
-
-def _check_taking(agreement: Agreement, event: Event, wanted: int) -> None:
-    """Refuses a buyer who takes what was delivered: that needs the provider or a dispute."""
-    most = agreement.escrow.free - agreement.claimed
-    if most == 0 and agreement.claimed:
-        raise InvalidState("delivered", event)
-    if not 0 < wanted <= most:
-        raise NotCovered("free to go back", most)
+    return _send_home(agreement, Event.REFUND, _takeable(agreement, Event.REFUND), amount)
 
 
 def give_back(agreement: Agreement, amount: Atomic | None) -> Agreement:
     """The provider sends the buyer what is still held; None means all of it."""
-    table.check(agreement.escrow, Event.GIVE_BACK)
-    free = agreement.escrow.free
-    wanted = free if amount is None else amount
-    if not 0 < wanted <= free:
-        raise NotCovered("free to go back", free)
-    return _pay(agreement, Event.GIVE_BACK, ZERO, wanted, reason="refund")
+    return _send_home(agreement, Event.GIVE_BACK, agreement.escrow.free, amount)
+
+
+def _takeable(agreement: Agreement, event: Event) -> Atomic:
+    """What a buyer may take alone: what was delivered needs the provider or a dispute."""
+    table.check(agreement.escrow, event)
+    most = agreement.escrow.free - agreement.claimed
+    if not most and agreement.claimed:
+        raise InvalidState("delivered", event)
+    return atomic(most)
+
+
+def _send_home(
+    agreement: Agreement, event: Event, most: Atomic, amount: Atomic | None
+) -> Agreement:
+    table.check(agreement.escrow, event)
+    wanted = most if amount is None else amount
+    if not 0 < wanted <= most:
+        raise NotCovered("free to go back", most)
+    return _pay(agreement, event, ZERO, wanted, reason="refund")
 
 
 def close(agreement: Agreement, event: Event) -> Agreement:
