@@ -5,7 +5,6 @@ database; restoring it is the same copy the other way. Both are proven before th
 """
 
 from collections.abc import Callable
-from typing import Any
 
 from sqlalchemy import Connection, Table, delete, insert, inspect, select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -13,7 +12,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from x402mw.core.errors import ConfigurationError
 from x402mw.escrow import books, database, schema
 
-ROWS_AT_ONCE = 1000
 Progress = Callable[[str, int], None]
 """Is told the table and how many of its rows are copied."""
 
@@ -58,17 +56,12 @@ async def _copy_table(
     # A new database holds what every one begins with, in tables whose rows may be deleted.
     if (await writing.execute(select(table).limit(1))).first() is not None:
         await writing.execute(delete(table))
-    rows: list[dict[str, Any]] = []
     copied = 0
-    async for row in await reading.stream(select(table)):
-        rows.append(row._asdict())
-        if len(rows) == ROWS_AT_ONCE:
-            await writing.execute(insert(table), rows)
-            copied, rows = copied + len(rows), []
-            progress(table.name, copied)
-    if rows:
-        await writing.execute(insert(table), rows)
-    progress(table.name, copied + len(rows))
+    async for rows in (await reading.stream(select(table))).partitions(books.ROWS_AT_ONCE):
+        await writing.execute(insert(table), [row._asdict() for row in rows])
+        copied += len(rows)
+        progress(table.name, copied)
+    progress(table.name, copied)
 
 
 def _silent(_table: str, _rows: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
+from sys import intern
 from typing import Any, NamedTuple
 
 from sqlalchemy import Select, Table, bindparam, select
@@ -21,7 +22,6 @@ from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.escrow import modes, schema
 from x402mw.escrow.database import visiting
 from x402mw.escrow.facts import Facts, Row
-from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules.money import balance_changes, read_payees, split_fee
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import (
@@ -35,6 +35,9 @@ from x402mw.escrow.rules.values import (
 
 GENESIS = "0" * 64
 """The hash before the first entry."""
+
+ROWS_AT_ONCE = 1000
+"""How many rows are read at a time: one is as many waits, and all are more than fits in memory."""
 
 _TAG, _SPEAKING_TAG = b"x402mw/entry\x00\x01", b"x402mw/entry\x00\x02"
 _ENCODER = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
@@ -114,28 +117,42 @@ async def check(connection: AsyncConnection) -> list[str]:
     The connection's transaction must see one moment.
     """
     service = (await connection.execute(select(schema.service))).one()
-    accounts = schema.accounts.c
-    query = select(accounts.account, accounts.balance, accounts.asset)
-    rows = (await connection.execute(query)).all()
-    judge = Judge(
-        {row.account: row.balance for row in rows}, {row.account: row.asset for row in rows}
-    )
-    facts = Facts()
+    judge, facts = Judge(*await _read_accounts(connection)), Facts()
     violations: list[str] = []
     async for chained in read_entries(connection):
         violations += judge.see(chained)
         violations += facts.see(chained.entry)
     violations += judge.see_all_entries(service.entry_seq, service.entry_hash)
     for table, see in _BESIDE:
-        for row in (await connection.execute(select(table))).mappings():
-            violations += see(facts, {**row})
-    for escrow in await fetch_escrows(connection, select(schema.escrows)):
+        async for row in _stream(connection, select(table)):
+            violations += see(facts, row._asdict())
+    async for row in _stream(connection, _ESCROWS):
+        escrow = Escrow._make(row)
         violations += judge.see_escrow(escrow)
         violations += facts.see_escrow(escrow)
     violations += facts.end()
     return violations
 
 
+async def _read_accounts(connection: AsyncConnection) -> tuple[dict[str, int], dict[str, str]]:
+    """Balances and assets, by account."""
+    balances, assets = {}, {}
+    accounts = schema.accounts.c
+    query = select(accounts.account, accounts.balance, accounts.asset)
+    async for account, balance, asset in _stream(connection, query):
+        name = _shared(account)
+        balances[name], assets[name] = balance, _shared(asset)
+    return balances, assets
+
+
+async def _stream(connection: AsyncConnection, query: Select[Any]) -> AsyncIterator[Any]:
+    """The rows of a query."""
+    async for rows in (await connection.stream(query)).partitions(ROWS_AT_ONCE):
+        for row in rows:
+            yield row
+
+
+_ESCROWS = select(*(schema.escrows.c[name] for name in Escrow._fields))
 _BESIDE: tuple[tuple[Table, Callable[[Facts, Row], Iterator[str]]], ...] = (
     (schema.transfers, Facts.see_transfer),
     (schema.faucet_claims, Facts.see_claim),
@@ -149,7 +166,7 @@ _BESIDE: tuple[tuple[Table, Callable[[Facts, Row], Iterator[str]]], ...] = (
 
 
 async def read_entries(connection: AsyncConnection, since: int = 0) -> AsyncIterator[Chained]:
-    """Every entry after `since`, in order, read in pages: a row at a time is many waits."""
+    """Every entry after `since`, in order."""
     while rows := (await connection.execute(_PAGE, {"since": since})).all():
         for _, lines in groupby(rows, key=_SEQ):
             yield _chained(list(lines))
@@ -157,10 +174,10 @@ async def read_entries(connection: AsyncConnection, since: int = 0) -> AsyncIter
 
 
 def _page() -> Select[Any]:
-    """Whole entries after one, a thousand at most."""
+    """Whole entries after one, `ROWS_AT_ONCE` at most."""
     entries, postings = schema.entries, schema.postings
     after = select(entries.c.seq).where(entries.c.seq > bindparam("since"))
-    page = after.order_by(entries.c.seq).limit(1000).subquery()
+    page = after.order_by(entries.c.seq).limit(ROWS_AT_ONCE).subquery()
     rows = page.join(entries, entries.c.seq == page.c.seq)
     rows = rows.outerjoin(postings, postings.c.seq == entries.c.seq)
     query = select(entries, postings.c.source, postings.c.target, postings.c.amount)
@@ -172,9 +189,49 @@ _PAGE, _SEQ = _page(), attrgetter("seq")
 
 def _chained(lines: Sequence[Any]) -> Chained:
     row = lines[0]
-    moves = tuple(Transfer(line.source, line.target, line.amount) for line in lines if line.source)
+    moves = tuple(
+        Transfer(_shared(line.source), _shared(line.target), line.amount)
+        for line in lines
+        if line.source
+    )
     says = {name: getattr(row, name) for name in Entry._fields if name != "transfers"}
     return Chained(Entry(**says, transfers=moves), row.previous_hash, row.hash)
+
+
+def _shared(name: Any) -> Any:
+    """The same text, once in memory; what somebody put in its place in the database as it is."""
+    return intern(name) if type(name) is str else name
+
+
+class _Life:
+    """What entries say of one escrow. There may be very many, so it is kept small."""
+
+    __slots__ = ("held", "last_kind", "last_seq", "moved_late", "paid")
+
+    def __init__(self) -> None:
+        self.paid: dict[tuple[str, str], int] = {}
+        self.held: int | None = None
+        self.moved_late = False
+        self.last_kind: str | None = None
+        self.last_seq: int | None = None
+
+    def see(self, entry: Entry) -> None:
+        """The next entry about it."""
+        for move in entry.transfers:
+            pair = (move.source, move.target)
+            self.paid[pair] = self.paid.get(pair, 0) + move.amount
+        self.last_seq = entry.seq
+        # What a provider gives back is its own, and moves nothing of the escrow.
+        if not entry.transfers or entry.kind == Event.RETURN.value:
+            return
+        self.moved_late = self.moved_late or self.held == 0
+        account = escrow_account(entry.escrow_id or "")
+        self.held = (self.held or 0) + balance_changes(entry.transfers).get(account, 0)
+        self.last_kind = _shared(entry.kind)
+
+
+_NOTHING = _Life()
+"""What entries say of an escrow that none is about."""
 
 
 class Judge:
@@ -187,11 +244,7 @@ class Judge:
         self._seq = 0
         self._hash = GENESIS
         self._posted: dict[str, int] = {}
-        self._paid: dict[str | None, dict[tuple[str, str], int]] = {}
-        self._last_kind: dict[str | None, str] = {}
-        self._held: dict[str, int] = {}
-        self._moved_late: set[str] = set()
-        self._last_seq: dict[str, int] = {}
+        self._lives: dict[str, _Life] = {}
         self._links = False
 
     def see(self, chained: Chained) -> Iterator[str]:
@@ -202,42 +255,27 @@ class Judge:
         if chained.hash != hash_entry(entry, chained.previous_hash):
             yield f"I19 entry {entry.seq} is not what was written"
         self._seq, self._hash = entry.seq, chained.hash
-        yield from self._see_link(entry)
+        yield from self._see_life(entry)
         if entry.plain and not entry.transfers:
             yield f"I2 entry {entry.seq} moves nothing and says nothing"
-        paid = self._paid.setdefault(entry.escrow_id, {})
         for move in entry.transfers:
             if not _is_amount(move.amount) or move.amount == 0 or move.source == move.target:
                 yield f"I2 entry {entry.seq} holds a line that does not balance"
             if not self._assets.get(move.source) == self._assets.get(move.target) == entry.asset:
                 yield f"I1 entry {entry.seq} moves money between two assets"
-            pair = (move.source, move.target)
-            paid[pair] = paid.get(pair, 0) + move.amount
         for account, change in balance_changes(entry.transfers).items():
             self._posted[account] = self._posted.get(account, 0) + change
-        self._see_end(entry)
 
-    def _see_end(self, entry: Entry) -> None:
-        """What moved money last, and whether anything did once nothing was held any more."""
-        name = entry.escrow_id
-        # What a provider gives back is its own, and moves nothing of the escrow.
-        if name is None or not entry.transfers or entry.kind == Event.RETURN.value:
-            return
-        if self._held.get(name) == 0:
-            self._moved_late.add(name)
-        held = balance_changes(entry.transfers).get(escrow_account(name), 0)
-        self._held[name] = self._held.get(name, 0) + held
-        self._last_kind[name] = entry.kind
-
-    def _see_link(self, entry: Entry) -> Iterator[str]:
+    def _see_life(self, entry: Entry) -> Iterator[str]:
         """Entries name the one before about their escrow; the oldest do not, and have no link."""
         name = entry.escrow_id
-        last = None if name is None else self._last_seq.get(name)
+        life = None if name is None else self._lives.setdefault(name, _Life())
         self._links = self._links or entry.before is not None
+        last = None if life is None else life.last_seq
         if entry.before != last and (self._links or not entry.plain):
             yield f"I19 entry {entry.seq} does not name the one before it about its escrow"
-        if name is not None:
-            self._last_seq[name] = entry.seq
+        if life is not None:
+            life.see(entry)
 
     def see_all_entries(self, head_seq: int, head_hash: str) -> Iterator[str]:
         """There are no more entries: the end of the chain, and I1, I3 and I18."""
@@ -264,20 +302,22 @@ class Judge:
         if held != escrow.remaining:
             yield f"I4 {name} holds {held}, not L - R - F = {escrow.remaining}"
         yield from _check_escrow(escrow)
-        if escrow.last_entry != self._last_seq.get(name):
+        life = self._lives.get(name, _NOTHING)
+        if escrow.last_entry != life.last_seq:
             yield f"I19 {name} does not name its newest entry"
-        paid = _join_payees(escrow, self._paid.get(name, {}))
+        paid = _join_payees(escrow, life.paid)
         if paid != _owed(escrow):
             yield f"I8 {name} paid {paid}, owed {_owed(escrow)}"
-        if self._ended_twice(escrow):
+        if _ended_twice(escrow, life):
             yield f"I9 {name} moved money after it ended"
 
-    def _ended_twice(self, escrow: Escrow) -> bool:
-        if escrow.kind == MANUAL:
-            # It ends when nothing is held; a session may be empty and go on.
-            return escrow.escrow_id in self._moved_late
-        ends = (Event.PROVIDER_CLOSE.value, Event.DEADLINE.value)
-        return escrow.refunded > 0 and self._last_kind.get(escrow.escrow_id) not in ends
+
+def _ended_twice(escrow: Escrow, life: _Life) -> bool:
+    if escrow.kind == MANUAL:
+        # It ends when nothing is held; a session may be empty and go on.
+        return life.moved_late
+    ends = (Event.PROVIDER_CLOSE.value, Event.DEADLINE.value)
+    return escrow.refunded > 0 and life.last_kind not in ends
 
 
 def _check_escrow(escrow: Escrow) -> Iterator[str]:
