@@ -30,7 +30,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 long: $(READY)
-	X402MW_LONG=1 $(BIN)/pytest -q -n 2 -o faulthandler_timeout=3600
+	X402MW_LONG=1 $(BIN)/pytest -q -n 2 --dist worksteal -o faulthandler_timeout=3600
 
 sim: $(READY)
 	PYTHONPATH=client:. $(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000)) $(ARGS)

@@ -231,13 +231,13 @@ async def check_actors(world: FullWorld) -> None:
     assert all(actor is None for kind, actor in found if kind != "deadline")
 
 
-SHARES = range(5 if LONG else 1)
+SHARES = range(10 if LONG else 1)
 """A long run is 2000 runs of 60 steps on each database, in tests that end within the hour."""
 
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize(
-    ("machine", "runs", "quick"), [(Market, 400, 3), (PostgresqlMarket, 400, 1)]
+    ("machine", "runs", "quick"), [(Market, 200, 3), (PostgresqlMarket, 200, 1)]
 )
 def test_any_operations_in_any_order(
     machine: type[Market], runs: int, quick: int, share: int

@@ -257,7 +257,7 @@ def _pool(template: str) -> "Pool":
 
 
 class Pool:
-    """Databases like one template, put back in order after use: a new one costs ten times more."""
+    """Databases like one template, put back in order after use: making one takes longer."""
 
     def __init__(self, template: str) -> None:
         self.spare: list[str] = []
