@@ -111,6 +111,18 @@ def test_what_is_no_wallet_file_is_refused(path: Path) -> None:
         open_wallet(path)
 
 
+async def test_a_changed_offer_is_refused(world: World, path: Path) -> None:
+    """Terms in the file that are not what they were are the file's fault, not a provider's."""
+    world.connect(path=path)
+    await world.get("/item/a")
+    world.wallet._memory.close()
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE sessions SET offer = replace(offer, '1000', '1001')")
+    db.close()
+    with pytest.raises(ConfigurationError, match="wallet file is damaged"):
+        world.connect(path=path)
+
+
 VERSION_1 = """
 DROP TABLE processes;
 CREATE TABLE old (
