@@ -6,7 +6,6 @@
 3. What only lowers what we believe to owe never fails: it is booked with the next change.
 """
 
-import json
 import logging
 import sqlite3
 import threading
@@ -16,7 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 from x402mw.core.amounts import ZERO, Atomic
-from x402mw.core.errors import ConfigurationError, LocalError, Malformed
+from x402mw.core.errors import LocalError
 from x402mw.core.vouchers import parse_voucher
 from x402mw_client.accounts import accounts_differ, differs, note_totals, proves_loss
 from x402mw_client.answers import Word
@@ -46,13 +45,13 @@ T = TypeVar("T")
 
 
 class Books:
-    """All that a wallet knows of its money. `read_offer` reads the words of an offer."""
+    """All that a wallet knows of its money. `read_offer` reads an offer that was kept."""
 
     def __init__(
         self,
         memory: Memory,
         clock: Callable[[], float],
-        read_offer: Callable[[dict[str, object]], Offer],
+        read_offer: Callable[[str], Offer],
         events: Events,
         receipt_every: int | None = None,
     ) -> None:
@@ -139,19 +138,12 @@ class Books:
         self.memory.save(session)
 
     def _new_session(self, row: Row) -> Session:
-        offer = self._recall_offer(row[2])
+        offer = self._read_offer(row[2])
         return Session(row[0], row[1], offer, row[3], row[5], row[6], row[7], row[8])
 
     def _read_opening(self, row: Row) -> Opening:
         key, origin, offer, *rest = row
-        return Opening(key, origin, self._recall_offer(offer), *rest)
-
-    def _recall_offer(self, text: str) -> Offer:
-        """An offer that was sound when it was kept."""
-        try:
-            return self._read_offer(json.loads(text))
-        except (ValueError, Malformed) as error:
-            raise ConfigurationError(f"the wallet file is damaged: {error}") from None
+        return Opening(key, origin, self._read_offer(offer), *rest)
 
     def recover(self) -> None:
         """Finds the calls that nobody waits for any more, also those of processes that died."""

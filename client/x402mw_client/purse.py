@@ -43,7 +43,7 @@ class Purse(Books):
         limits: Limits,
         memory: Memory,
         clock: Callable[[], float],
-        read_offer: Callable[[dict[str, object]], Offer],
+        read_offer: Callable[[str], Offer],
         events: Events,
         receipt_every: int | None = None,
     ) -> None:

@@ -1,10 +1,11 @@
 """All that the stories work on: one wallet's settings, its purse, and what it has learnt."""
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from x402mw.core.amounts import ZERO, Atomic, parse_atomic, to_atomic
-from x402mw.core.errors import ConfigurationError, TokenRefused
+from x402mw.core.errors import ConfigurationError, Malformed, TokenRefused
 from x402mw.core.keys import PUBLIC_KEY_BYTES, check_public_key
 from x402mw.core.strict import b64url_decode, b64url_encode
 from x402mw.core.tokens import KeySet, open_key_set
@@ -107,10 +108,13 @@ class WalletState:
         self._believe(root, known["network"], parse_atomic(known["min_escrow"]))
         return True
 
-    def _read_offer(self, accepts: dict[str, object]) -> Offer:
+    def _read_offer(self, kept: str) -> Offer:
         if not self.network_id:
             self.recall()
-        return read_offer(accepts, self.network, self.network_id)
+        try:
+            return read_offer(json.loads(kept), self.network, self.network_id)
+        except (ValueError, Malformed) as error:
+            raise ConfigurationError(f"the wallet file is damaged: {error}") from None
 
 
 def _read_key(text: str) -> bytes:
