@@ -58,6 +58,35 @@ async def test_a_key_is_scoped_to_principal_and_route(db: str) -> None:
         assert (await m.show(second))["amount"] == "6.00"
 
 
+async def test_a_key_is_the_same_under_both_bases_and_names(db: str) -> None:
+    """Rule 8: of one operation there is one route; its answer is told in the dialect that asks."""
+    async with market(db) as m:
+        headers = {**m.buyer.headers, "Idempotency-Key": "k"}
+        root = m.escrow.url
+        wish = {"to_agent_id": m.provider.agent_id, "amount": "5.00"}
+        plain = await m.http.post("/escrow", json=wish, headers=headers)
+        other = await m.http.post(f"{root}/api/escrow", json=wish, headers=headers)
+        assert other.headers["idempotent-replayed"] == "true"
+        assert other.json() == {**other.json(), **plain.json()}
+        assert other.json()["amount_usdc"] == 5
+        name = plain.json()["escrow_id"]
+        answers = [
+            await m.http.post(f"{root}{path}", json={"amount": "1.00"}, headers=headers)
+            for path in (
+                f"/api/escrow/{name}/release-partial",
+                f"/api/v1/escrow/{name}/release",
+                f"/api/v1/escrow/{name}/release-partial",
+                f"/api/escrow/{name}/release",
+            )
+        ]
+        assert [answer.headers.get("idempotent-replayed") for answer in answers[1:]] == ["true"] * 3
+        assert answers[0].content == answers[3].content
+        assert answers[1].content == answers[2].content
+        assert "released_usdc" not in answers[1].json()
+        assert await m.balance(m.provider) == "0.99"
+        assert await m.balance(m.buyer) == "95.00"
+
+
 async def test_a_refusal_that_depended_on_state_stays(db: str) -> None:
     """Rule 8: no funds once means that key never succeeds; a fresh key does."""
     async with market(db, balance="1.00") as m:

@@ -20,7 +20,7 @@ from x402mw.core.errors import Malformed
 from x402mw.core.strict import loads_object
 from x402mw.escrow.database import is_unavailable
 from x402mw.escrow.errors import Refused
-from x402mw.escrow.idempotency import KEY_CHARACTERS_MAX, Answer, Key, hash_body
+from x402mw.escrow.idempotency import Answer
 from x402mw.escrow.observing import REASON
 
 BODY_BYTES_MAX = 64 * 1024
@@ -118,21 +118,6 @@ def parse(model: type[Model], value: dict[str, Any]) -> Model:
         raise Refused(
             422, "invalid_request", f"{first['field']}: {first['message']}", errors=fields[:20]
         ) from None
-
-
-def idempotency_key(
-    request: Request, principal: str, value: dict[str, Any], *, secret: bool = False
-) -> Key | None:
-    """The key of this request, scoped to its principal and its very path."""
-    text = request.headers.get("idempotency-key")
-    if text is None:
-        return None
-    if not (0 < len(text) <= KEY_CHARACTERS_MAX and text.isascii() and text.isprintable()):
-        raise Refused(
-            400, "malformed", f"Idempotency-Key has 1 to {KEY_CHARACTERS_MAX} printable characters"
-        )
-    route = f"{request.method} {request.scope['path']}"
-    return Key(principal, route, text, hash_body(value), secret)
 
 
 def respond(answer: Answer) -> Response:

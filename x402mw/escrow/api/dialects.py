@@ -22,6 +22,17 @@ _NUMBERS = {
 _NAMES = {"provider": "to_agent_id", "recipient": "to_agent_id", "description": "memo"}
 
 
+_RELEASE, _PART = "/release", "-partial"
+
+
+def plain_path(request: Request) -> str:
+    """The path that stands for all spellings of an operation: no key pays once by each of them."""
+    path: str = request.scope["path"]
+    if not path.startswith(f"{BASES[0]}/"):
+        path = BASES[0] + path.removeprefix(BASES[1])
+    return path.removesuffix(_PART) if path.endswith(_RELEASE + _PART) else path
+
+
 def speak(request: Request, answer: Answer) -> Answer:
     """The answer in the dialect that the request was made in."""
     if answer.status >= 400 or request.scope["path"].startswith(f"{BASES[0]}/"):

@@ -19,6 +19,7 @@ from x402mw.escrow.api.shared import (
     ON_ESCROW,
     change,
     find_caller,
+    find_key,
     find_ledger,
     find_query,
     on_escrow,
@@ -129,7 +130,7 @@ async def close(request: Request) -> Response:
     if body.voucher is not None and body.amount is None:
         raise Refused(422, "invalid_request", "a voucher comes with the amount to redeem")
     operation = await _closing(ledger, caller, escrow_id, body)
-    key = web.idempotency_key(request, caller, value)
+    key = find_key(request, value)
     return respond(request, await perform(request, operation, key=key))
 
 

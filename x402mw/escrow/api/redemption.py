@@ -9,7 +9,7 @@ from x402mw.escrow.access import PROVIDE
 from x402mw.escrow.api import answers
 from x402mw.escrow.api.queries import Changes
 from x402mw.escrow.api.routes import Route, Routes
-from x402mw.escrow.api.shared import find_caller, find_ledger, find_query, perform
+from x402mw.escrow.api.shared import find_caller, find_key, find_ledger, find_query, perform
 from x402mw.escrow.ledger import Ledger
 
 REDEEM_BYTES_MAX = 1024 * 1024
@@ -20,7 +20,7 @@ async def redeem(request: Request) -> Response:
     caller, ledger = find_caller(request), find_ledger(request)
     value = await web.read_body(request, REDEEM_BYTES_MAX)
     batch = web.parse(bodies.Redemption, value)
-    key = web.idempotency_key(request, caller, value)
+    key = find_key(request, value)
     judged = await judge(ledger, caller, batch.items)
     answer = await perform(
         request, lambda tx: redemption.redeem(tx, caller, batch, judged), key=key

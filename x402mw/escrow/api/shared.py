@@ -15,8 +15,8 @@ from x402mw.escrow.access import Principal
 from x402mw.escrow.api import answers, dialects
 from x402mw.escrow.api.queries import Query, read_query
 from x402mw.escrow.api.routes import Endpoint, Route
-from x402mw.escrow.errors import not_found
-from x402mw.escrow.idempotency import Answer, Key
+from x402mw.escrow.errors import Refused, not_found
+from x402mw.escrow.idempotency import KEY_CHARACTERS_MAX, Answer, Key, hash_body
 from x402mw.escrow.ledger import Ledger, Operation
 from x402mw.escrow.transactions import Transaction
 
@@ -92,6 +92,19 @@ def path_id(request: Request, name: str, prefix: str) -> str:
     return text
 
 
+def find_key(request: Request, value: dict[str, Any], *, secret: bool = False) -> Key | None:
+    """The idempotency key of this request, scoped to its caller and its route."""
+    text = request.headers.get("idempotency-key")
+    if text is None:
+        return None
+    if not (0 < len(text) <= KEY_CHARACTERS_MAX and text.isascii() and text.isprintable()):
+        raise Refused(
+            400, "malformed", f"Idempotency-Key has 1 to {KEY_CHARACTERS_MAX} printable characters"
+        )
+    route = f"{request.method} {dialects.plain_path(request)}"
+    return Key(find_caller(request), route, text, hash_body(value), secret)
+
+
 async def change(
     request: Request,
     model: type[web.Model],
@@ -109,7 +122,7 @@ async def change(
     if value is None:
         value = await web.read_body(request)
     body = web.parse(model, value)
-    key = web.idempotency_key(request, caller, value, secret=secret)
+    key = find_key(request, value, secret=secret)
     answer = await perform(request, lambda tx: operation(tx, caller, body), key=key, status=status)
     return respond(request, answer)
 
