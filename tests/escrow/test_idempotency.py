@@ -3,9 +3,13 @@
 import asyncio
 
 import pytest
+from sqlalchemy import func, select
 
 from tests.escrow.market import JOURNAL, code_of, market
+from tests.support.escrow import reading
+from x402mw.escrow import schema
 from x402mw.escrow.idempotency import KEPT_SECONDS
+from x402mw.escrow.manual_bodies import PROOFS_CHARACTERS_MAX
 
 pytestmark = pytest.mark.anyio
 
@@ -151,3 +155,27 @@ async def test_a_clock_that_jumps_ahead_forgets_no_answer(db: str) -> None:
             await m.escrow.pass_time(100)
             again = await m.post(m.buyer, "/escrow", m.wish("2"), key="k")
             assert again.content == first.content
+
+
+async def test_proofs_have_one_bound_and_long_answers_are_kept_short(db: str) -> None:
+    """Rule 8: what few bytes can ask for again and again takes little room, and is replayed."""
+    async with market(db) as m:
+        milestones = [{"name": f"m{number}", "amount": "1.00"} for number in range(6)]
+        wish = {"to_agent_id": m.provider.agent_id, "amount": "6.00", "milestones": milestones}
+        path = f"/escrow/{(await m.post(m.buyer, '/escrow', wish)).json()['escrow_id']}"
+        for number in range(5):
+            delivery = {"milestone": f"m{number}", "proof": "\U0001d538" * 4000}
+            assert (await m.post(m.provider, f"{path}/deliver", delivery)).status_code == 200
+        over = await m.post(m.provider, f"{path}/deliver", {"milestone": "m5", "proof": "x"})
+        assert code_of(over) == (422, "invalid_request")
+        assert over.json()["limit"] == PROOFS_CHARACTERS_MAX == 20_000
+        bare = await m.post(m.provider, f"{path}/deliver", {"milestone": "m5"})
+        assert bare.json()["milestones"][5]["state"] == "delivered"
+        first, again = [
+            await m.post(m.buyer, f"{path}/release", {"cumulative": "0"}, key="k") for _ in range(2)
+        ]
+        assert (again.content, again.headers["idempotent-replayed"]) == (first.content, "true")
+        assert len(first.content) > 80_000
+        kept = select(func.length(schema.idempotency.c.answer))
+        async with reading(m.escrow.ledger) as connection:
+            assert (await connection.execute(kept)).scalar_one() < 2000

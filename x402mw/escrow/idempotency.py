@@ -1,11 +1,13 @@
 """Idempotency keys: the stored answer of an operation commits together with what it moved.
 
 `docs/money.md` 8. Refusals that depended on state are stored like any answer, so a key that was
-refused can never succeed later. An answer that holds a secret is stored sealed.
+refused can never succeed later. An answer that holds a secret is stored sealed, a long one packed.
 """
 
+import base64
 import hashlib
 import json
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +24,11 @@ from x402mw.escrow.transactions import Transaction
 KEY_CHARACTERS_MAX = 255
 KEPT_SECONDS = 7 * 24 * 60 * 60
 RETRY_AFTER_SECONDS = 1
-_SEALED = "sealed:"
-"""What a sealed answer begins with; others are JSON objects."""
+_SEALED, _PACKED = "sealed:", "packed:"
+"""What a sealed or packed answer begins with; others are JSON objects."""
+
+_PACKED_FROM = 2000
+"""Shorter answers are not worth the time. A few bytes may ask for a long one again and again."""
 
 _KEPT = schema.idempotency.c
 # Made once: to build a statement costs more than to run it.
@@ -81,11 +86,12 @@ async def find(tx: Transaction, key: Key) -> Answer | None:
         return None
     if row.body_hash != key.body_hash:
         raise Refused(422, "idempotency_mismatch", "this key was used for a different request")
-    return Answer(row.status, _open(tx.signer, key, row.answer), replayed=True)
+    return Answer(row.status, _unpack(_open(tx.signer, key, row.answer)), replayed=True)
 
 
 async def store(tx: Transaction, key: Key, answer: Answer) -> None:
     """Keeps an answer for as long as anyone could retry."""
+    text = _pack(answer.body)
     await tx.insert(
         schema.idempotency,
         {
@@ -94,10 +100,22 @@ async def store(tx: Transaction, key: Key, answer: Answer) -> None:
             "key": key.key,
             "body_hash": key.body_hash,
             "status": answer.status,
-            "answer": _seal(tx.signer, key, answer.body) if key.secret else answer.body,
+            "answer": _seal(tx.signer, key, text) if key.secret else text,
             "created_at": tx.now,
         },
     )
+
+
+def _pack(text: str) -> str:
+    if len(text) < _PACKED_FROM:
+        return text
+    return _PACKED + base64.b64encode(zlib.compress(text.encode(), 1)).decode()
+
+
+def _unpack(text: str) -> str:
+    if not text.startswith(_PACKED):
+        return text
+    return zlib.decompress(base64.b64decode(text.removeprefix(_PACKED))).decode()
 
 
 def _seal(signer: Signer, key: Key, text: str) -> str:

@@ -192,6 +192,11 @@ async def deliver(
     _check_time(tx, before, Event.DELIVER)
     number = find_part(before, wish.milestone).number
     after = manual.deliver(before, number, wish.proof, tx.now)
+    limit = manual_bodies.PROOFS_CHARACTERS_MAX
+    # Who delivers without proof always may.
+    if wish.proof and sum(len(part.proof) for part in after.parts) > limit:
+        detail = f"proof: those of one escrow have at most {limit} characters together"
+        raise Refused(422, "invalid_request", detail, limit=limit)
     return await keep(tx, before, after, Event.DELIVER, part=number)
 
 

@@ -38,6 +38,9 @@ EXPIRES_SECONDS_DEFAULT = 30 * 24 * 60 * 60
 MILESTONES_MAX = 50
 PAYEES_MAX = 20
 TEXT_CHARACTERS_MAX = 4000
+PROOFS_CHARACTERS_MAX = 20_000
+"""All those of one escrow together: each answer about it repeats them."""
+
 HOUR_SECONDS = 3600
 HOURS_MAX = EXPIRES_SECONDS_MAX // HOUR_SECONDS
 
@@ -288,7 +291,12 @@ class Delivery(Body):
     """`POST /escrow/{id}/deliver`."""
 
     milestone: Name | None = None
-    proof: Words = ""
+    proof: Annotated[
+        Words,
+        Field(
+            description=f"All proofs of an escrow have at most {PROOFS_CHARACTERS_MAX} characters."
+        ),
+    ] = ""
 
 
 class Verdict(Body):
