@@ -89,6 +89,35 @@ async def test_a_missing_scope_is_named(db: str) -> None:
         assert both.json()["scopes"] == ["spend", "provide"]
 
 
+async def test_each_role_needs_its_own_scope(db: str) -> None:
+    """Scopes: what either party may do needs `spend` of the buyer, `provide` of the provider."""
+    either = [
+        path
+        for method, path, scopes, *_ in ROUTES
+        if method == "POST" and {"spend", "provide"} == set(scopes.split())
+    ]
+    assert len(either) >= 8
+    async with market(db) as m:
+        wish = {"to_agent_id": m.provider.agent_id, "amount": "5.00"}
+        manual = (await m.post(m.buyer, "/escrow", wish)).json()["escrow_id"]
+        session = (await m.open("5.00"))["escrow_id"]
+        for agent, own, other in ((m.buyer, "spend", "provide"), (m.provider, "provide", "spend")):
+            wrong, right = await make_key(m, agent, other), await make_key(m, agent, own)
+            for path in either:
+                for name in (manual, session):
+                    answer = await m.post(wrong, path.format(escrow_id=name), {}, key=path)
+                    assert code_of(answer) == (403, "scope"), path
+                    assert answer.json()["scopes"] == [own]
+            body = {"content": "x"}
+            # The key of the refused request is still unused.
+            answer = await m.post(right, f"/escrow/{manual}/dispute/evidence", body, key=either[0])
+            assert code_of(answer) == (409, "invalid_state")
+        wrong = await make_key(m, m.provider, "spend")
+        assert (await m.post(wrong, "/escrow/esc_x/close")).status_code == 404
+        assert (await m.post(wrong, f"/escrow/{IDS['escrow_id']}/close")).status_code == 404
+        assert await m.balance(m.buyer) == "90.00"
+
+
 async def test_nothing_of_another_tenant_is_there(db: str) -> None:
     """Security: every route that reads, asked for another tenant's ids by anyone, is 404."""
     async with market(db) as m:

@@ -18,6 +18,7 @@ from x402mw.escrow.api.routes import Endpoint, Route
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.idempotency import KEY_CHARACTERS_MAX, Answer, Key, hash_body
 from x402mw.escrow.ledger import Ledger, Operation
+from x402mw.escrow.rows import find_escrow
 from x402mw.escrow.transactions import Transaction
 
 _BEARER = "bearer "
@@ -26,6 +27,9 @@ ON_ESCROW = "invalid_state wrong_kind not_the_buyer"
 """The codes of nearly every operation on an escrow."""
 
 AnyQuery = TypeVar("AnyQuery", bound=Query)
+_OF_ROLES = frozenset({access.SPEND, access.PROVIDE})
+"""A route with just these is open to either party of its escrow: then each needs its own."""
+
 _PRINCIPAL, _QUERY = "x402mw.principal", "x402mw.query"
 
 
@@ -38,6 +42,7 @@ def find_ledger(request: Request) -> Ledger:
 def guard(route: Route) -> Endpoint:
     """Lets only keys with one of its scopes come to a route, and reads its query."""
     needed, endpoint = route.scopes.split(), route.endpoint
+    by_role = set(needed) == _OF_ROLES
 
     @wraps(endpoint)
     async def guarded(request: Request) -> Response:
@@ -45,11 +50,24 @@ def guard(route: Route) -> Endpoint:
             principal = await authenticate(request)
             if principal.scopes.isdisjoint(needed):
                 raise access.lacking(needed)
+            if by_role and not principal.scopes >= _OF_ROLES:
+                await _check_role(request, principal)
             request.scope[_PRINCIPAL] = principal
         request.scope[_QUERY] = read_query(request, route.query)
         return await endpoint(request)
 
     return guarded
+
+
+async def _check_role(request: Request, principal: Principal) -> None:
+    """Refuses to act for the buyer without `spend`, and for the provider without `provide`."""
+    escrow_id = path_id(request, "escrow_id", ids.ESCROW)
+    escrow = await find_ledger(request).read(lambda db: find_escrow(db, escrow_id))
+    if escrow is None:
+        return
+    for party, scope in ((escrow.buyer, access.SPEND), (escrow.provider, access.PROVIDE)):
+        if principal.agent_id == party and scope not in principal.scopes:
+            raise access.lacking([scope])
 
 
 async def authenticate(request: Request) -> Principal:
