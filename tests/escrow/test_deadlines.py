@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from tests.escrow.market import JOURNAL, code_of, market
+from tests.escrow.market import JOURNAL, Market, code_of, market
+from tests.escrow.operators import make_agent, make_key
 from tests.support.escrow import reading
-from x402mw.escrow import agreements, deadlines, schema
+from x402mw.core.amounts import to_atomic
+from x402mw.escrow import agreements, banking, deadlines, schema
+from x402mw.escrow.disputes import DISPUTE_SECONDS
+from x402mw.escrow.transactions import OPERATOR
 
 pytestmark = pytest.mark.anyio
 T0 = 1_800_000_000
@@ -52,6 +56,63 @@ async def test_any_access_applies_a_deadline(db: str) -> None:
             else:
                 answer = await m.post(m.buyer, "/escrow", m.wish("5.00"))
                 assert answer.status_code == 201
+
+
+async def lock_timed(m: Market) -> str:
+    """A manual escrow that is released after an hour."""
+    wish = {"to_agent_id": m.provider.agent_id, "amount": "10.00", "auto_release_seconds": 3600}
+    return str((await m.post(m.buyer, "/escrow", wish)).json()["escrow_id"])
+
+
+async def test_lists_of_disputes_apply_a_deadline(db: str) -> None:
+    """T2: without any sweeper, nobody is shown a dispute as open that time has ended."""
+    async with market(db) as m:
+        judge = await make_key(m, await m.escrow.new_agent(), "arbiter")
+        paths = [f"/escrow/{await lock_timed(m)}/dispute" for _ in range(2)]
+        for path in paths:
+            await m.post(m.buyer, path, {"reason": "x", "amount": "6.00"})
+        assert len((await m.get(judge, "/disputes")).json()["items"]) == 2
+        await m.escrow.skip_time(DISPUTE_SECONDS)
+        assert (await m.get(judge, "/disputes")).json()["items"] == []
+        for asker, path in zip((m.buyer, judge), paths, strict=True):
+            case = (await m.get(asker, f"{path}s")).json()["items"][0]
+            assert (case["status"], case["agreement"]["status"]) == ("undecided", "released")
+            assert case["agreement"]["released"] == "10.00"
+
+
+async def test_fees_do_not_depend_on_a_sweeper(db: str) -> None:
+    """T2 and I14: what the operator pays itself counts what is due to others, all of it."""
+    async with market(db) as m:
+        operator = await make_agent(m, "operator", "admin")
+        for _ in range(2):
+            await lock_timed(m)
+        await m.escrow.skip_time(3600)
+        body = {"amount": "0.10", "reference": "a"}
+        taken = await m.post(operator, "/operator/fees", body)
+        assert (taken.status_code, taken.json()["balance"]) == (201, "0.10")
+        await lock_timed(m)
+        await m.escrow.skip_time(3600)
+        async with m.escrow.ledger.write() as tx:
+            # As a command beside the service does it.
+            left = await banking.book_fees(tx, OPERATOR, to_atomic("0.20"), "b")
+        assert left["balance"] == "0.00"
+
+
+async def test_what_waits_for_an_outage_costs_readers_nothing(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T5: while deadlines wait, a read of a party with something due writes nothing."""
+    async with market(db) as m:
+        name = await lock_timed(m)
+        await m.escrow.skip_time(3599)
+        m.escrow.clock.advance(100)
+        await m.escrow.ledger.sweep()
+        with monkeypatch.context() as patch:
+            patch.setattr(m.escrow.ledger, "write", None)
+            assert (await m.show(name))["status"] == "locked"
+            assert await m.balance(m.buyer) == "90.00"
+        await m.escrow.skip_time(600)
+        assert (await m.show(name))["status"] == "released"
 
 
 @pytest.mark.parametrize("of", [deadlines.Of.ALL, deadlines.Of.PARTY])

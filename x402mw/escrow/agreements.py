@@ -272,14 +272,23 @@ _DISPUTES = (
 
 
 async def open_disputes(
-    connection: AsyncConnection, *, asset: str, limit: int, after: tuple[int, str] | None
+    connection: AsyncConnection,
+    *,
+    asset: str,
+    passed: int,
+    limit: int,
+    after: tuple[int, str] | None,
 ) -> Sequence[Any]:
     """Disputes that wait for a decision, oldest first, from after (entry, escrow id).
+
+    Not those whose deadline has `passed`, which time only has not been applied to.
 
     By the number of their entry: what is opened later comes later, also within one second.
     """
     disputes = schema.disputes.c
-    query = _DISPUTES.where(disputes.status == OPEN, schema.escrows.c.asset == asset)
+    query = _DISPUTES.where(
+        disputes.status == OPEN, disputes.deadline > passed, schema.escrows.c.asset == asset
+    )
     if after is not None:
         query = query.where(tuple_(disputes.entry, disputes.escrow_id) > after)
     query = query.order_by(disputes.entry, disputes.escrow_id).limit(limit)

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import select
 
 from x402mw.core.amounts import Atomic, display
-from x402mw.escrow import agents, modes, schema
+from x402mw.escrow import agents, deadlines, modes, schema
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.rows import balance_of
 from x402mw.escrow.rules.values import Transfer
@@ -36,6 +36,8 @@ async def book_fees(
     if amount == 0:
         raise Refused(422, "invalid_request", "an amount of 0 moves nothing")
     await _check_new(tx, reference)
+    # What the fees come to must not depend on whether a sweeper has come by (T2).
+    await deadlines.apply(tx, at=deadlines.last_alive(tx))
     asset = tx.settings.asset.code
     house = modes.house(asset)
     left = await balance_of(tx.connection, house) - amount

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, Text, bindparam, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.escrow import agreements, schema
 from x402mw.escrow.rows import fetch_escrows
@@ -109,6 +110,19 @@ async def _apply(tx: Transaction, of: Of, name: str | None, now: int, limit: int
             tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, counts_at)
     await tx.flush()
     return len(due)
+
+
+async def any_due(connection: AsyncConnection, of: Of, name: str, now: int) -> bool:
+    """Tells whether there is something to apply: what an outage postpones is not due yet (T5)."""
+    values = {"now": now, "name": name, "limit": 1}
+    found = (await connection.execute(due_query(of), values)).first()
+    return found is not None and await passed(connection, now) == now
+
+
+async def passed(connection: AsyncConnection, now: int) -> int:
+    """Up to when deadlines count at `now`: none do while an outage keeps them all waiting (T5)."""
+    up_since = (await connection.execute(select(schema.service.c.up_since))).scalar_one()
+    return now if now >= effective_deadline(0, up_since) else 0
 
 
 @cache

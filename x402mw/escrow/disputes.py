@@ -136,10 +136,13 @@ async def resolve(
 
 
 async def show_all(
-    connection: AsyncConnection, *, asset: str, limit: int, after: tuple[int, str] | None
+    connection: AsyncConnection, *, asset: str, now: int, limit: int, after: tuple[int, str] | None
 ) -> Answer:
-    """A page of open disputes over an asset, oldest first, for its arbiters."""
-    rows = await agreements.open_disputes(connection, asset=asset, limit=limit + 1, after=after)
+    """A page of disputes over an asset that its arbiters can still decide, oldest first."""
+    passed = await deadlines.passed(connection, now)
+    rows = await agreements.open_disputes(
+        connection, asset=asset, passed=passed, limit=limit + 1, after=after
+    )
     last = rows[limit - 1] if len(rows) > limit else None
     return {
         "items": [agreements.describe_dispute(row) for row in rows[:limit]],

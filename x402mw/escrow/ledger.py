@@ -169,22 +169,27 @@ class Ledger:
         finally:
             self._running -= {key}
 
-    async def read_of(self, agent: str, work: Work[Result]) -> Result:
-        """Reads something of an agent, once its deadlines are applied; usually none is due."""
-        query = deadlines.due_query(deadlines.Of.PARTY)
-        values = {"now": self.now(), "name": agent, "limit": 1}
+    async def read_of(
+        self, name: str, work: Work[Result], of: deadlines.Of = deadlines.Of.PARTY
+    ) -> Result:
+        """Reads something of an agent, or `of` one escrow, once its deadlines are applied (T2)."""
+        now = self.now()
 
         async def look(connection: AsyncConnection) -> tuple[bool, Result]:
-            due = (await connection.execute(query, values)).first() is not None
-            return due, await work(connection)
+            return await deadlines.any_due(connection, of, name, now), await work(connection)
 
+        # Usually none is due.
         due, found = await self.read(look)
         if not (due and self._serving):
             return found
-        await self._apply_all(agent)
+        if of is deadlines.Of.ONE:
+            async with self.write() as tx:
+                await deadlines.apply_to_one(tx, name)
+        else:
+            await self.apply_all(name)
         return await self.read(work)
 
-    async def _apply_all(self, agent: str | None = None) -> None:
+    async def apply_all(self, agent: str | None = None) -> None:
         """Does what time has done, to escrows of one agent or of all, some in each transaction."""
         due = deadlines.SWEEP_ITEMS_MAX
         while due == deadlines.SWEEP_ITEMS_MAX:
@@ -197,7 +202,7 @@ class Ledger:
         async with self.write() as tx:
             await idempotency.prune(tx)
         try:
-            await self._apply_all()
+            await self.apply_all()
         except Exception as error:
             if database.is_unavailable(error):
                 raise

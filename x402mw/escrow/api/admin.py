@@ -84,6 +84,8 @@ async def book_withdrawal(request: Request) -> Response:
 async def book_fees(request: Request) -> Response:
     """POST /operator/fees."""
     _check_operator(request)
+    # As many in each transaction as others can wait for.
+    await find_ledger(request).apply_all()
 
     async def book(tx: Transaction, caller: str, body: NewFees) -> dict[str, Any]:
         return await banking.book_fees(tx, caller, body.amount, body.reference)

@@ -20,6 +20,7 @@ from x402mw.escrow.api.shared import (
     path_id,
 )
 from x402mw.escrow.bodies import Body
+from x402mw.escrow.deadlines import Of
 from x402mw.escrow.transactions import Transaction
 
 
@@ -41,7 +42,9 @@ async def list_disputes(request: Request) -> Response:
     ledger = find_ledger(request)
     asset = modes.asset_of(ledger.settings.asset.code, find_principal(request).mode)
     page = await ledger.read(
-        lambda db: disputes.show_all(db, asset=asset, limit=query.limit, after=after)
+        lambda db: disputes.show_all(
+            db, asset=asset, now=ledger.now(), limit=query.limit, after=after
+        )
     )
     return JSONResponse(page)
 
@@ -55,10 +58,12 @@ async def list_escrow_disputes(request: Request) -> Response:
     )
     escrow_id = path_id(request, "escrow_id", ids.ESCROW)
     asset = modes.asset_of(ledger.settings.asset.code, caller.mode)
-    page = await ledger.read(
+    page = await ledger.read_of(
+        escrow_id,
         lambda db: disputes.show_of(
             db, caller, escrow_id, asset=asset, limit=query.limit, after=query.after
-        )
+        ),
+        Of.ONE,
     )
     return JSONResponse(page)
 
