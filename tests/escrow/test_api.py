@@ -307,10 +307,14 @@ async def test_the_faucet_has_a_daily_ceiling(db: str) -> None:
         assert (await m.post(agents[2], "/faucet/claim")).status_code == 200
 
 
-async def test_a_faucet_of_nothing_is_off(db: str) -> None:
-    """Contract: an amount of 0 turns the faucet off."""
-    async with market(db, faucet_amount=to_atomic("0")) as m:
-        assert code_of(await m.post(m.buyer, "/faucet/claim")) == (429, "faucet_limit")
+@pytest.mark.parametrize("what", ["faucet_amount", "faucet_daily"])
+async def test_a_faucet_of_nothing_is_off(db: str, what: str) -> None:
+    """Contract: an amount of 0, or a day of 0, turns the faucet off, and nobody is told of one."""
+    async with market(db, **{what: to_atomic("0")}) as m:
+        refused = await m.post(m.buyer, "/faucet/claim")
+        assert code_of(refused) == (409, "no_faucet")
+        assert "retry_after_seconds" not in refused.json()
+        assert (await m.get(None, "/stats")).json()["faucet"] == {"live": "0.00", "test": "100.00"}
 
 
 async def test_changes_tell_what_happened_in_order(db: str) -> None:

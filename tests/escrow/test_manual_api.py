@@ -56,6 +56,21 @@ async def test_release_by_amount_total_and_all(db: str) -> None:
         assert await refused(m, m.buyer, name, "release") == (409, "invalid_state")
 
 
+async def test_what_was_delivered_is_not_taken_back_alone(db: str) -> None:
+    """Rule 4: also after a reject, when the escrow is called locked; the refusal says who can."""
+    async with market(db) as m:
+        name = await lock(m)
+        await done(m, m.provider, name, "deliver")
+        await done(m, m.buyer, name, "reject")
+        assert (await m.show(name))["status"] == "locked"
+        settlement = {"release": "1.00", "refund": "1.00"}
+        for what, body in (("refund", {}), ("close", {}), ("settle", settlement)):
+            answer = await m.post(m.buyer, f"/escrow/{name}/{what}", body)
+            assert code_of(answer) == (409, "invalid_state")
+            assert answer.json()["state"] == "delivered"
+            assert "the provider's refund, an arbiter or the end" in answer.json()["detail"]
+
+
 async def test_a_manual_escrow_has_no_session_key(db: str) -> None:
     """API: what an escrow does not have is null wherever it is shown, in both dialects."""
     async with market(db) as m:

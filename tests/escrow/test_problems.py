@@ -60,6 +60,12 @@ def test_a_problem_says_what_to_do_now() -> None:
     }
 
 
+def test_stored_refusals_ask_for_a_fresh_key() -> None:
+    """Rule 8: a refusal is replayed for its key, so what may pass later needs another key."""
+    for code in ("faucet_limit", "invalid_state", "too_many_webhooks", "waits_its_turn"):
+        assert "with a fresh idempotency key" in PROBLEMS[code].advice
+
+
 def test_the_documentation_shows_the_same_table() -> None:
     """Documentation: `docs/escrow.md` has the table as `problems.table()` writes it."""
     assert table() in (ROOT / "docs" / "escrow.md").read_text()

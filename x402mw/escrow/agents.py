@@ -218,7 +218,9 @@ async def _check_claim(tx: Transaction, agent_id: str, source: str, day: int, mo
     given = select(func.coalesce(func.sum(claims.amount), 0)).where(of_day)
     today = int((await tx.connection.execute(given)).scalar_one())
     terms = tx.settings.terms(mode)
-    if terms.faucet_amount == 0 or today + terms.faucet_amount > terms.faucet_daily:
+    if terms.faucet_amount == 0:
+        raise Refused(409, "no_faucet", "there is no faucet here")
+    if today + terms.faucet_amount > terms.faucet_daily:
         raise _faucet_limit(tx, "the faucet is empty for today")
     here = select(func.count()).where(of_day, claims.source == source)
     count = (await tx.connection.execute(here)).scalar_one()

@@ -25,7 +25,7 @@ from x402mw.escrow.idempotency import Answer, Key
 from x402mw.escrow.keys import Signer
 from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules.outage import UP_GRACE_SECONDS
-from x402mw.escrow.rules.table import InvalidState, NotCovered
+from x402mw.escrow.rules.table import Event, InvalidState, NotCovered
 from x402mw.escrow.settings import Settings
 from x402mw.escrow.stats import Stats
 from x402mw.escrow.thread import Result, Threads, Work
@@ -40,6 +40,11 @@ _log = logging.getLogger("x402mw.escrow")
 ATTEMPTS_MAX = 5
 READERS = 4
 """How many may read a SQLite file at once."""
+
+
+_TAKING = (Event.REFUND, Event.SETTLE, Event.BUYER_CLOSE)
+_DELIVERED = "this was delivered: the provider's refund, an arbiter or the end gives it back"
+"""Also of a delivery that was rejected, when the escrow itself is not called delivered any more."""
 
 
 class Ledger:
@@ -286,7 +291,9 @@ def _refusal(error: Refused | InvalidState | NotCovered | AmountInvalid) -> Refu
     if isinstance(error, Refused):
         return error
     if isinstance(error, InvalidState):
-        return Refused(409, "invalid_state", str(error), state=error.status)
+        taking = error.status == "delivered" and error.event in _TAKING
+        detail = _DELIVERED if taking else str(error)
+        return Refused(409, "invalid_state", detail, state=error.status)
     if isinstance(error, NotCovered):
         available = display(error.available)
         detail = f"only {available} is {error.what}"

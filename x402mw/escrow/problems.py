@@ -88,7 +88,8 @@ PROBLEMS = {
     "invalid_state": Problem(
         (409, 422),
         "not possible in the escrow's `state`",
-        "read the escrow again; the table of states says what is possible",
+        "read the escrow again, and the table of states; once it is possible, ask with a fresh"
+        " idempotency key",
     ),
     "wrong_kind": Problem(
         (409,),
@@ -117,7 +118,9 @@ PROBLEMS = {
         (409,), "no total may pass 2^63 - 1 units", "use a smaller amount"
     ),
     "session_ending": Problem(
-        (409,), "too near its end for another token", "extend it, or open a new session"
+        (409,),
+        "too near its end for another token",
+        "extend it, or open a new session; with a fresh idempotency key",
     ),
     "recipient_mismatch": Problem(
         (409,), "an escrow pays its provider and nobody else", "leave out to_agent_id"
@@ -153,14 +156,18 @@ PROBLEMS = {
         (409,), "a line with this reference was booked", "nothing, if it is the same line"
     ),
     "faucet_claimed": Problem((409,), "this agent has had its first money", "nothing"),
+    "no_faucet": Problem((409,), "this escrow gives no first money", "ask for a deposit"),
     "too_many_keys": Problem((409,), "an agent has few keys", "revoke one that you do not use"),
     "too_many_webhooks": Problem(
-        (409,), "an agent has few webhooks", "delete one that you do not use"
+        (409,),
+        "an agent has few webhooks",
+        "delete one that you do not use, then ask with a fresh idempotency key",
     ),
     "waits_its_turn": Problem(
         (409,),
         "an earlier event of the same escrow comes first",
-        "redeliver that one, or wait until it is delivered or given up",
+        "redeliver that one, or wait until it is delivered or given up; with a fresh idempotency"
+        " key",
     ),
     "key_ending": Problem(
         (409,), "this key was rotated or revoked", "use the key that replaces it"
@@ -204,7 +211,7 @@ PROBLEMS = {
     "faucet_limit": Problem(
         (429,),
         "too many claims from this address, or for today",
-        "try again after `retry_after_seconds`",
+        "try again after `retry_after_seconds`, with a fresh idempotency key",
     ),
     "too_many_streams": Problem(
         (429,), "too many streams of events are open", "close one, or follow all escrows in one"

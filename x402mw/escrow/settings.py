@@ -67,6 +67,9 @@ class Settings:
 
     def terms(self, mode: str) -> Terms:
         """What tenants of a mode are offered: test money is given away, so there is more of it."""
+        terms = Terms(self.min_escrow, self.faucet_amount, self.faucet_daily)
         if mode == TEST:
-            return Terms(self.test_min_escrow, self.test_faucet_amount, self.test_faucet_daily)
-        return Terms(self.min_escrow, self.faucet_amount, self.faucet_daily)
+            terms = Terms(self.test_min_escrow, self.test_faucet_amount, self.test_faucet_daily)
+        # A day that is too small for one claim is no faucet, and nobody is told of one.
+        enough = terms.faucet_amount <= terms.faucet_daily
+        return terms if enough else terms._replace(faucet_amount=ZERO)

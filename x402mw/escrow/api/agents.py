@@ -144,7 +144,7 @@ ROUTES: Routes = (
         "Takes the first money of a new agent, once.",
         answers.Claimed,
         bodies.Body,
-        refusals="faucet_claimed faucet_limit agent_revoked amount_out_of_range",
+        refusals="faucet_claimed faucet_limit no_faucet agent_revoked amount_out_of_range",
     ),
     Route(
         *("PUT", "/journals/{journal}", PROVIDE, register_journal),
