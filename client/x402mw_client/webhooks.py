@@ -1,7 +1,7 @@
 """For receivers of the escrow's webhooks: a delivery is true, fresh and new, or it is refused.
 
     event = verify(secret, request.headers, body, time.time())
-    if seen.add(event.id):
+    if seen.add(event.key):
         ...
 
 Deliveries come at least once, and those of one escrow in order. `docs/events.md`.
@@ -47,6 +47,11 @@ class Event:
     amount: Atomic
     kind: str
     data: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others: a restored escrow gives ids again, at a later time."""
+        return f"{self.id}@{self.at}"
 
 
 def verify(
@@ -119,20 +124,20 @@ def read_event(body: bytes) -> Event:
 
 
 class Seen:
-    """Remembers the ids of the newest events, so that what comes twice is done once.
+    """Remembers the keys of the newest events, so that what comes twice is done once.
 
-    In memory; keep ids beside what they caused where that must survive a restart.
+    In memory; keep keys beside what they caused where that must survive a restart.
     """
 
     def __init__(self, most: int = 10_000) -> None:
         self._most = most
-        self._ids: OrderedDict[str, None] = OrderedDict()
+        self._keys: OrderedDict[str, None] = OrderedDict()
 
-    def add(self, event_id: str) -> bool:
-        """Notes an id; tells whether it is new."""
-        if event_id in self._ids:
+    def add(self, key: str) -> bool:
+        """Notes the key of an event; tells whether it is new."""
+        if key in self._keys:
             return False
-        self._ids[event_id] = None
-        if len(self._ids) > self._most:
-            self._ids.popitem(last=False)
+        self._keys[key] = None
+        if len(self._keys) > self._most:
+            self._keys.popitem(last=False)
         return True

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from x402mw_client.webhooks import Event, Seen, WebhookRefused, verify
+from x402mw_client.webhooks import Event, Seen, WebhookRefused, read_event, verify
 
 NOW, SECRET = 1_800_000_000, "whsec_one"
 EVENT = {
@@ -104,3 +104,12 @@ def test_what_was_seen_is_remembered() -> None:
     assert [seen.add(each) for each in ("1", "1", "2", "3", "3", "1")] == [
         *(True, False, True, True, False, True),
     ]
+
+
+def test_a_restored_escrow_tells_news_under_an_old_id() -> None:
+    """Replay: an id that a restore has given again at a later time is another event, and new."""
+    later = {**json.loads(BODY), "at": NOW + 60}
+    events = [read_event(body) for body in (BODY, BODY, json.dumps(later).encode())]
+    seen = Seen()
+    assert len({event.id for event in events}) == 1
+    assert [seen.add(event.key) for event in events] == [True, False, True]
