@@ -193,3 +193,29 @@ async def test_old_manual_escrows_go_on(empty_db: str) -> None:
         met = await m.post(provider, f"/escrow/{keys['disputed']}/condition", {"outcome": "x"})
         assert met.json()["met"] is True
         assert await escrow.check() == []
+
+
+async def test_old_deliveries_have_their_turn(empty_db: str) -> None:
+    """Webhooks: 0011 counts what waits for each, and knows when the first of it is due."""
+    agent = OLD["tables"]["agents"][0]["agent_id"]
+    hook = {"agent_id": agent, "url": "https://b.example/", "events": "", "status": "active"}
+    hook |= {"created_at": 1, "since": 0, "generation": 1}
+    row = {"escrow_id": "", "event": "locked", "part": 0, "attempts": 0, "changed_at": 1}
+    row |= {"webhook_id": "wh_1", "created_at": 1, "body": "{}"}
+    sent = [
+        {**row, "seq": seq, "state": state, "next_at": at}
+        for seq, (state, at) in enumerate(
+            [("waiting", 9), ("waiting", 7), ("waiting", None), ("dead", None)]
+        )
+    ]
+    async with opened(empty_db) as connection:
+        await connection.run_sync(lambda sync: database.upgrade(sync, "0003"))
+        await connection.run_sync(_fill, OLD)
+        await connection.run_sync(lambda sync: database.upgrade(sync, "0010"))
+        hooks = [{**hook, "webhook_id": name} for name in ("wh_1", "wh_2")]
+        old = {"tables": {"webhooks": hooks, "deliveries": sent}}
+        await connection.run_sync(_fill, old)
+        await database.migrate(connection)
+        now = await connection.run_sync(_read)
+    turns = {each["webhook_id"]: (each["next_at"], each["waiting"]) for each in now["webhooks"]}
+    assert turns == {"wh_1": (7, 3), "wh_2": (None, 0)}

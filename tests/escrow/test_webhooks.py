@@ -19,7 +19,7 @@ from tests.support.escrow import Agent, MovingClock, escrow_process, reading
 from tests.support.receiver import Delivery, Receiver, receiving
 from tests.support.serving import serving
 from x402mw.escrow import schema
-from x402mw.escrow.events import posting, queue
+from x402mw.escrow.events import posting, queue, turns
 from x402mw.escrow.events.posting import Poster, is_public
 from x402mw_client.webhooks import Event, Seen, WebhookRefused, verify
 
@@ -193,7 +193,7 @@ async def test_slow_receivers_of_some_keep_nobody_else_waiting(
     db: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fairness: of each agent few are on their way at once, of all its webhooks in turn."""
-    monkeypatch.setattr(queue, "AT_ONCE", 9)
+    monkeypatch.setattr(turns, "AT_ONCE", 9)
     async with receiving() as slow, hooked(db) as (m, receiver, _):
         slow.behave = lambda _: "hang"
         for each in (*[m.provider] * 19, m.buyer, m.buyer):

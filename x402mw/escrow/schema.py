@@ -138,10 +138,13 @@ faucet_claims = _table("faucet_claims", text="agent_id source mode", numbers="da
 webhooks = _table(
     "webhooks",
     text="webhook_id agent_id url events status escrow_id key_id",
-    numbers="created_at since generation old_until last_entry",
-    nullable="escrow_id key_id old_until last_entry",
+    numbers="created_at since generation old_until last_entry next_at waiting",
+    nullable="escrow_id key_id old_until last_entry next_at",
 )
-"""Whom to tell, from after the entry `since`; up to `last_entry` if the agent has ended."""
+"""Whom to tell, from after the entry `since`; up to `last_entry` if the agent has ended.
+
+`waiting` counts the deliveries that wait. At `next_at` one of them is due, or was long ago.
+"""
 
 deliveries = _table(
     "deliveries",

@@ -12,7 +12,6 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Row
@@ -23,12 +22,12 @@ from x402mw.escrow.events.derive import write_id
 from x402mw.escrow.events.news import POLL_SECONDS, Ear
 from x402mw.escrow.events.posting import Outcome, Poster
 from x402mw.escrow.events.queue import Done
+from x402mw.escrow.events.turns import Due, Key, Load, key_of
 from x402mw.escrow.ledger import Ledger
 
 PRUNE_SECONDS = 3600
 GATHER_SECONDS = 0.02
 _log = logging.getLogger("x402mw.escrow")
-_Key = tuple[str, int, int]
 
 
 class Deliverer:
@@ -39,7 +38,9 @@ class Deliverer:
         self._poster = poster
         self._name = secrets.token_hex(8)
         # What is on its way or not yet noted, with its agent.
-        self._running: dict[_Key, tuple[str, asyncio.Task[None]]] = {}
+        self._running: dict[Key, tuple[str, asyncio.Task[None]]] = {}
+        # Webhooks of which all that is due is on its way.
+        self._told: set[str] = set()
         self._done: list[Done] = []
         self._cursor = 0
         self._held_since = -queue.RENEW_SECONDS
@@ -69,11 +70,13 @@ class Deliverer:
 
     async def _step(self, ear: Ear) -> bool:
         """One round, which writes only if it must; tells whether the next one follows at once."""
-        now, room = self._ledger.now(), queue.AT_ONCE - len(self._running)
-        look = await self._ledger.read(lambda db: queue.look(db, self._cursor, now, room))
+        now = self._ledger.now()
+        agents = Counter(agent_id for agent_id, _ in self._running.values())
+        load = Load(agents, self._running.keys(), self._told)
+        look = await self._ledger.read(lambda db: queue.look(db, self._cursor, now, load))
         self._cursor = look.cursor
         held = 0 <= now - self._held_since < queue.RENEW_SECONDS
-        if self._done or look.wanted or look.far or (not held and (look.due or self._running)):
+        if self._done or look.wanted or look.far or (not held and (look.due.rows or self._running)):
             return await self._take_turn(now)
         self._start(look.due, ear)
         return look.more
@@ -83,39 +86,40 @@ class Deliverer:
         if time.monotonic() < self._not_before:
             return False
         done = list(self._done)
-        upto = await self._ledger.write_aside(lambda db: self._write(db, done, now))
-        if upto is None:
+        made = await self._ledger.write_aside(lambda db: self._write(db, done, now))
+        if made is None:
             # Another process delivers, and sends again what was on its way here.
             self._held_since = -queue.RENEW_SECONDS
             self._not_before = time.monotonic() + POLL_SECONDS
         else:
-            self._held_since, self._cursor = now, upto
+            self._held_since = now
+            self._cursor, due = made
+            self._told -= due
         del self._done[: len(done)]
         for noted in done:
-            self._running.pop(_key(noted.row), None)
-        return upto is not None
+            self._running.pop(key_of(noted.row), None)
+            self._told.discard(noted.row.webhook_id)
+        return made is not None
 
-    async def _write(self, connection: AsyncConnection, done: list[Done], now: int) -> int | None:
-        """Up to where deliveries are made; None if it is another process's turn."""
+    async def _write(
+        self, connection: AsyncConnection, done: list[Done], now: int
+    ) -> tuple[int, set[str]] | None:
+        """Up to where deliveries are made, and whose; None if it is another process's turn."""
         if not await queue.hold(connection, self._name, now):
             return None
         await queue.settle(connection, done, now)
-        upto = await queue.fill(connection, self._cursor, now)
+        made = await queue.fill(connection, self._cursor, now)
         if now - self._pruned >= PRUNE_SECONDS:
             await queue.prune(connection, now)
             self._pruned = now
-        return upto
+        return made
 
-    def _start(self, due: Sequence[Row[Any]], ear: Ear) -> None:
-        """Sends what is due, as far as there is room; then the 10 seconds of each begin."""
-        taken = Counter(agent_id for agent_id, _ in self._running.values())
-        for row in due:
-            if len(self._running) == queue.AT_ONCE:
-                return
-            if _key(row) in self._running or taken[row.agent_id] == queue.AT_ONCE_PER_AGENT:
-                continue
-            taken[row.agent_id] += 1
-            self._running[_key(row)] = row.agent_id, asyncio.create_task(self._deliver(row, ear))
+    def _start(self, due: Due, ear: Ear) -> None:
+        """Sends what is due; then the 10 seconds of each begin."""
+        for row in due.rows:
+            self._running[key_of(row)] = row.agent_id, asyncio.create_task(self._deliver(row, ear))
+        # Only what ends later has them looked at again.
+        self._told |= due.hooks & {webhook_id for webhook_id, _, _ in self._running}
 
     async def _deliver(self, row: Row[Any], ear: Ear) -> None:
         headers = self._sign(row)
@@ -162,7 +166,3 @@ class Deliverer:
         if await queue.hold(connection, self._name, now):
             await queue.settle(connection, self._done, now)
             await queue.let_go(connection, self._name)
-
-
-def _key(row: Row[Any]) -> _Key:
-    return row.webhook_id, row.seq, row.part

@@ -6,7 +6,7 @@ import secrets
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import Row, delete, exists, func, insert, select, tuple_, update
+from sqlalchemy import Row, case, delete, exists, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core import ids
@@ -88,6 +88,7 @@ async def create(
         "generation": 1,
         "created_at": tx.now,
         "since": tx.service.entry_seq,
+        "waiting": 0,
     }
     # While there is no webhook nobody reads the log for one.
     others = exists().where(_HOOKS.c.webhook_id.is_not(None))
@@ -195,4 +196,8 @@ async def redeliver(
         raise Refused(409, "waits_its_turn", detail)
     again = {"state": WAITING, "next_at": tx.now, "created_at": tx.now, "changed_at": tx.now}
     await tx.connection.execute(update(_SENT).where(this).values(again))
+    hook = update(_HOOKS).where(_HOOKS.c.webhook_id == webhook_id)
+    soon = case((_HOOKS.c.next_at < tx.now, _HOOKS.c.next_at), else_=tx.now)
+    more = 0 if row.state == WAITING else 1
+    await tx.connection.execute(hook.values(next_at=soon, waiting=_HOOKS.c.waiting + more))
     return _describe_delivery((await tx.connection.execute(select(_SENT).where(this))).one())
