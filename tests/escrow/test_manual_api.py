@@ -444,3 +444,42 @@ async def test_a_revoked_buyer_closes_its_sessions(db: str) -> None:
         answer = await m.get(m.provider, f"/escrow/{session}")
         ended = answer.json()
         assert (ended["status"], ended["close_reason"]) == ("settled", "revoked")
+
+
+async def test_the_dialect_in_transfers_and_cases(db: str) -> None:
+    """Dialects: a transfer takes the other names; the escrow inside a case has them under /api."""
+    async with market(db) as m:
+        body = {"recipient": m.provider.agent_id, "amount_usdc": 1.5, "description": "thanks"}
+        for path in ("/transfers", f"{m.escrow.url}/api/transfers"):
+            told = (await m.post(m.buyer, path, body)).json()
+            assert (told["amount"], told["memo"]) == ("1.50", "thanks")
+        finer = {"to_agent_id": m.provider.agent_id, "amount": "0.0000001"}
+        assert code_of(await m.post(m.buyer, "/transfers", finer)) == (422, "invalid_request")
+        name = await lock(m)
+        await done(m, m.buyer, name, "dispute", reason="late")
+        cases = [
+            (await m.get(m.buyer, f"{m.escrow.url}{base}/escrow/{name}/disputes")).json()
+            for base in ("/api", "/api/v1")
+        ]
+        agreements = [case["items"][0].pop("agreement") for case in cases]
+        assert cases[0] == cases[1]
+        assert agreements[0] == {**agreements[0], **agreements[1]}
+        assert (agreements[0]["balance_usdc"], "balance_usdc" in agreements[1]) == (10, False)
+
+
+async def test_what_people_say_may_have_lines(db: str) -> None:
+    """API: line breaks in proofs, reasons and evidence come back as they went in; nothing else."""
+    async with market(db) as m:
+        name = await lock(m)
+        text = "first\n\nsecond"
+        told = await done(m, m.provider, name, "deliver", proof=text)
+        assert told["delivery"]["proof"] == text
+        await done(m, m.buyer, name, "dispute", reason=text, evidence=text)
+        await done(m, m.provider, name, "dispute/evidence", content=text)
+        case = (await m.get(m.buyer, f"/escrow/{name}/disputes")).json()["items"][0]
+        assert case["reason"] == text
+        assert [said["content"] for said in case["evidence"]] == [text, text]
+        for wrong in ("a\rb", "a\tb", "a\x00b", "a\u2028b"):
+            answer = await refused(m, m.buyer, name, "dispute/evidence", content=wrong)
+            assert answer == (422, "invalid_request")
+        assert code_of(await m.post(m.buyer, "/escrow", wish(m, memo=text)))[0] == 422

@@ -15,6 +15,7 @@ from x402mw.escrow.bodies import (
     ReferralCode,
     text_form,
 )
+from x402mw.escrow.manual_bodies import Dialect, PositiveWhole
 
 GRACE_SECONDS_MAX = 24 * 60 * 60
 RESERVED = frozenset(
@@ -70,11 +71,11 @@ class Rotation(Body):
     grace_seconds: Annotated[int, Field(ge=0, le=GRACE_SECONDS_MAX)] = 0
 
 
-class NewTransfer(Body):
+class NewTransfer(Dialect):
     """`POST /transfers`: pays without an escrow."""
 
     to_agent_id: AgentId
-    amount: PositiveAmount
+    amount: PositiveWhole
     memo: Memo = ""
 
 

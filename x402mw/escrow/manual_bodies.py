@@ -60,6 +60,11 @@ def _whole(value: object) -> Atomic:
     return whole(_exact(value))
 
 
+def _lines(text: str) -> str:
+    printable(text.replace("\n", ""))
+    return text
+
+
 _EITHER_FORM = WithJsonSchema(
     {
         "anyOf": [
@@ -75,7 +80,8 @@ Units = Annotated[InstanceOf[Fraction], BeforeValidator(checked(_units)), _EITHE
 PositiveUnits = Annotated[Units, AfterValidator(positive)]
 Whole = Annotated[Atomic, BeforeValidator(checked(_whole)), _EITHER_FORM]
 PositiveWhole = Annotated[Whole, AfterValidator(positive)]
-Words = Annotated[str, Field(max_length=TEXT_CHARACTERS_MAX), AfterValidator(printable)]
+Words = Annotated[str, Field(max_length=TEXT_CHARACTERS_MAX), AfterValidator(_lines)]
+"""What people write to each other. It leaves only as JSON, where a line break breaks no line."""
 Seconds = Annotated[int, Field(ge=1, le=EXPIRES_SECONDS_MAX)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

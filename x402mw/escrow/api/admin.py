@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from x402mw.core import ids
+from x402mw.core.strict import dumps
 from x402mw.escrow import admin, banking, bodies, sessions
 from x402mw.escrow.access import ADMIN
 from x402mw.escrow.account_bodies import NewBooking, NewFees
@@ -19,8 +20,10 @@ from x402mw.escrow.api.shared import (
     find_principal,
     find_query,
     path_id,
+    respond,
 )
 from x402mw.escrow.errors import Refused
+from x402mw.escrow.idempotency import Answer
 from x402mw.escrow.rules.values import Escrow
 from x402mw.escrow.transactions import OPERATOR, Transaction
 
@@ -46,7 +49,8 @@ async def list_tenant_escrows(request: Request) -> Response:
             connection, agent_id, role=None, status=None, limit=query.limit, after=query.after
         )
 
-    return JSONResponse(await ledger.read_of(agent_id, show))
+    page = await ledger.read_of(agent_id, show)
+    return respond(request, Answer(200, dumps(page).decode()))
 
 
 async def show_tenant_escrow(request: Request) -> Response:
@@ -58,7 +62,8 @@ async def show_tenant_escrow(request: Request) -> Response:
         return await admin.find_tenant_escrow(connection, principal, escrow_id)
 
     buyer = (await ledger.read(find)).buyer
-    return JSONResponse(sessions.describe(await ledger.read_of(buyer, find)))
+    shown = sessions.describe(await ledger.read_of(buyer, find))
+    return respond(request, Answer(200, dumps(shown).decode()))
 
 
 async def revoke_agent(request: Request) -> Response:

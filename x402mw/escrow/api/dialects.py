@@ -45,6 +45,9 @@ def _write(value: dict[str, Any]) -> str:
         items = ",".join(_write(item) for item in value["items"])
         rest = dumps({name: part for name, part in value.items() if name != "items"}).decode()
         return f'{{"items":[{items}]{_more(rest)}'
+    if "agreement" in value:
+        rest = dumps({name: part for name, part in value.items() if name != "agreement"}).decode()
+        return f'{{"agreement":{_write(value["agreement"])}{_more(rest)}'
     if "escrow_id" not in value or "remaining" not in value:
         return dumps(value).decode()
     names = {own: value[other] for own, other in _NAMES.items()}

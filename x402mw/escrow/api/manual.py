@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from x402mw.core import ids
+from x402mw.core.strict import dumps
 from x402mw.escrow import disputes, manual, modes
 from x402mw.escrow import manual_bodies as bodies
 from x402mw.escrow.access import ARBITER, PROVIDE, READ, SPEND
@@ -18,9 +19,11 @@ from x402mw.escrow.api.shared import (
     find_query,
     on_escrow,
     path_id,
+    respond,
 )
 from x402mw.escrow.bodies import Body
 from x402mw.escrow.deadlines import Of
+from x402mw.escrow.idempotency import Answer
 from x402mw.escrow.transactions import Transaction
 
 
@@ -65,7 +68,7 @@ async def list_escrow_disputes(request: Request) -> Response:
         ),
         Of.ONE,
     )
-    return JSONResponse(page)
+    return respond(request, Answer(200, dumps(page).decode()))
 
 
 _EITHER = f"{SPEND} {PROVIDE}"

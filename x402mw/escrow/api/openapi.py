@@ -39,8 +39,8 @@ Bodies are strict: an unknown, misspelt or repeated member is refused, and so is
 
 Under `/api` everything is as under `/api/v1`, and escrows also have the names and numbers of the
 first guides: `amount_usdc`, `balance_usdc`, `released_usdc`, `refunded_usdc`, `provider`,
-`recipient`, `description`. In bodies `amount_usdc`, `provider`, `recipient` and `description` are
-understood under both.
+`recipient`, `description`. In bodies of manual escrows and transfers `amount_usdc`, `provider`,
+`recipient` and `description` are understood under both.
 
 Lists have pages: `next` is the `after` of the following one, null on the last. A page of escrows in
 one `status` may be short, or empty, and not be the last.
