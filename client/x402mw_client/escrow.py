@@ -20,7 +20,13 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel
 
-from x402mw.core.errors import EscrowRefused, EscrowUnavailable, InsecureOrigin, Malformed
+from x402mw.core.errors import (
+    ConfigurationError,
+    EscrowRefused,
+    EscrowUnavailable,
+    InsecureOrigin,
+    Malformed,
+)
 from x402mw.core.messages import validate
 from x402mw.core.strict import dumps, loads_object
 from x402mw_client import account_operations as accounts
@@ -35,6 +41,7 @@ from x402mw_client.webhooks import Event
 
 PROBLEM = "urn:x402mw:problem:"
 _LOOPBACK = re.compile(r"127(\.[0-9]{1,3}){3}", re.ASCII)
+_API_KEY = re.compile(r"[!-~]+")
 
 T = TypeVar("T", bound=BaseModel)
 Made = TypeVar("Made")
@@ -48,6 +55,13 @@ def check_secure(url: httpx.URL) -> httpx.URL:
     if url.scheme == "http" and local:
         return url
     raise InsecureOrigin(f"{url.scheme}://{url.host} is neither https nor this machine")
+
+
+def check_api_key(api_key: str | None) -> str | None:
+    """Returns the key if a header can carry it, else raises `ConfigurationError`, without it."""
+    if api_key is None or _API_KEY.fullmatch(api_key):
+        return api_key
+    raise ConfigurationError("an API key is visible ASCII without spaces or line breaks")
 
 
 class _Methods:
@@ -137,7 +151,7 @@ class _Methods:
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self.url = check_secure(httpx.URL(url.rstrip("/")))
-        self._api_key = api_key
+        self._api_key = check_api_key(api_key)
         # In the clear the API key stays on this machine: no proxy of the environment sees it.
         self._encrypted = self.url.scheme == "https"
         self.last_date: float | None = None

@@ -8,7 +8,13 @@ import httpx
 import pytest
 
 from x402mw.core.amounts import Atomic
-from x402mw.core.errors import EscrowRefused, EscrowUnavailable, InsecureOrigin, Moved
+from x402mw.core.errors import (
+    ConfigurationError,
+    EscrowRefused,
+    EscrowUnavailable,
+    InsecureOrigin,
+    Moved,
+)
 from x402mw_client import account_operations, operations
 from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
 from x402mw_client.operations import RedeemItem
@@ -231,3 +237,12 @@ def test_plain_http_leaves_this_machine_never(url: str) -> None:
     """The API key goes out over https or to this very machine."""
     with pytest.raises(InsecureOrigin):
         AsyncEscrowClient(url)
+
+
+@pytest.mark.parametrize("key", ["", "pf_ü", "pf_x\r\nX: y", "pf_x\n", "pf x", "pf_\x00"])
+def test_a_key_that_no_header_can_carry(key: str) -> None:
+    """Configuration: told when the client is made, not as an outage later, and not repeated."""
+    for kind in (AsyncEscrowClient, EscrowClient):
+        with pytest.raises(ConfigurationError) as told:
+            kind(URL, key)
+        assert "pf" not in str(told.value)
