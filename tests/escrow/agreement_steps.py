@@ -5,7 +5,8 @@ from fractions import Fraction
 from itertools import pairwise
 
 from x402mw.core.amounts import Atomic
-from x402mw.escrow.rules import manual, money
+from x402mw.escrow.rules import dispute as disputes
+from x402mw.escrow.rules import manual, money, step
 from x402mw.escrow.rules.agreement import WHOLE, Agreement, Part
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import MANUAL, REFUND, new_escrow
@@ -51,12 +52,17 @@ def lock(
 
 
 def dispute(
-    agreement: Agreement, amount: int | None = None, part: int | None = None, *, now: int = T0
+    agreement: Agreement,
+    amount: int | None = None,
+    part: int | None = None,
+    *,
+    now: int = T0,
+    by: str = BUYER,
 ) -> Agreement:
-    """The buyer disputes something, for a week."""
-    return manual.dispute(
+    """A party, the buyer if none is named, disputes something for a week."""
+    return disputes.open_dispute(
         agreement,
-        BUYER,
+        by,
         number=1,
         part=part,
         amount=None if amount is None else Atomic(amount),
@@ -72,7 +78,7 @@ def first(agreement: Agreement) -> int:
 
 def check_evidence(agreement: Agreement) -> Agreement:
     """Evidence changes nothing of an agreement."""
-    manual.check_evidence(agreement)
+    disputes.check_evidence(agreement)
     return agreement
 
 
@@ -84,15 +90,15 @@ STEPS: dict[Event, Step] = {
     Event.CONDITION: manual.meet_condition,
     Event.DELIVER: lambda a: manual.deliver(a, a.parts[-1].number, "proof", T0),
     Event.APPROVE: lambda a: manual.approve(a, a.parts[-1].number),
-    Event.REJECT: lambda a: manual.reject(a, first(a)),
+    Event.REJECT: lambda a: manual.reject(a, first(a), T0),
     Event.REFUND: lambda a: manual.refund(a, Atomic(1)),
     Event.GIVE_BACK: lambda a: manual.give_back(a, Atomic(1)),
     Event.BUYER_CLOSE: lambda a: manual.close(a, Event.BUYER_CLOSE),
     Event.PROVIDER_CLOSE: lambda a: manual.close(a, Event.PROVIDER_CLOSE),
-    Event.DISPUTE: lambda a: dispute(a, 1),
+    Event.DISPUTE: lambda a: dispute(a, None, by=PROVIDER),
     Event.EVIDENCE: check_evidence,
-    Event.WITHDRAW: lambda a: manual.withdraw(a, T0 + 1),
-    Event.RESOLVE: lambda a: manual.resolve(a, a.escrow.disputed, Atomic(0), T0 + 1),
+    Event.WITHDRAW: lambda a: disputes.withdraw(a, T0 + 1),
+    Event.RESOLVE: lambda a: disputes.resolve(a, a.escrow.disputed, Atomic(0), T0 + 1),
     Event.RETURN: lambda a: a._replace(escrow=money.give_money_back(a.escrow, Atomic(0))),
 }
 """Each event by hand, small enough to fit an escrow with two milestones, the first delivered."""
@@ -102,7 +108,7 @@ TIMED = {Event.REVIEW_END, Event.UNDECIDED, Event.DEADLINE}
 
 def pass_until(agreement: Agreement, until: int) -> Agreement:
     """Does all that time has done by a second."""
-    while (timer := manual.next_timer(agreement)) is not None and timer[0] <= until:
+    while (timer := step.next_timer(agreement)) is not None and timer[0] <= until:
         agreement = manual.pass_time(agreement)[0]
     return agreement
 
@@ -127,7 +133,7 @@ def check(agreement: Agreement) -> None:
     assert (escrow.fee, escrow.referral) == money.split_fee(escrow.released, *rates)
     assert (agreement.dispute is None) == (escrow.disputed == 0)
     assert (escrow.close_reason is None) == (escrow.remaining > 0)
-    timer = manual.next_timer(agreement)
+    timer = step.next_timer(agreement)
     assert escrow.due_at == (None if timer is None else timer[0])
     assert (escrow.status in ("released", "refunded", "settled")) == (escrow.remaining == 0)
     assert (escrow.status == "disputed") == (escrow.disputed > 0)

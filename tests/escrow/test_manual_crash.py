@@ -28,7 +28,7 @@ LIFE = (
     *((BUYER, "reject", 0), (PROVIDER, "deliver", 0), (BUYER, "dispute_part", 0)),
     *((PROVIDER, "evidence", 0), (BUYER, "settle", 0), (BUYER, "withdraw", 0)),
     *((PROVIDER, "give_back", 0), (BUYER, "dispute", 0), (ARBITER, "resolve", 3)),
-    *((BUYER, "approve", 0), (PROVIDER, "return", 0), (BUYER, "dispute", 0), (None, "", 400)),
+    *((BUYER, "approve", 0), (PROVIDER, "return", 0), (BUYER, "dispute", 0), (None, "", 90_000)),
     *((BUYER, "withdraw", 0),),
 )
 """Who does what; the last number is the part, or for nobody how many seconds pass.

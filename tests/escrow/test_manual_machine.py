@@ -6,6 +6,7 @@ fail: then nothing has happened, and the same key again has the effect of one ca
 """
 
 import os
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -35,12 +36,18 @@ from tests.escrow.full_world import (
 from tests.escrow.test_machine import PostgresqlTrade, Trade, amounts, picks
 from tests.support.escrow import reading
 from x402mw.core.amounts import USDC, Atomic, display
-from x402mw.escrow import disputes, manual, schema, transfers
+from x402mw.escrow import disputes, manual, rules, schema, transfers
 from x402mw.escrow.account_bodies import NewTransfer
 from x402mw.escrow.idempotency import Answer, Key
 
 LONG = bool(os.environ.get("X402MW_LONG"))
-DISPUTE_SECONDS = 1500
+SECONDS = (
+    (disputes, "DISPUTE_SECONDS", 1500),
+    (rules.dispute, "ANSWER_SECONDS", 400),
+    (rules.manual, "ANSWER_SECONDS", 400),
+)
+"""Shorter, so that lives of an hour see what takes days."""
+
 terms = st.fixed_dictionaries(
     {
         "on_expiry": st.sampled_from(["release", "refund"]),
@@ -57,7 +64,11 @@ some = st.one_of(amounts, st.integers(1, 3 * USDC.unit).map(Atomic))
 Wish = tuple[str, Atomic, int, str, int]
 PAYS = ("release", "release", "up_to", "milestone", "approve", "settle", "top_up")
 WORKS = ("deliver", "deliver", "reject", "approve", "refund", "give_back", "extend")
-ARGUES = ("dispute", "dispute_part", "evidence", "withdraw", "resolve")
+ARGUES = ("dispute", "dispute_part", "dispute_all", "evidence", "withdraw", "resolve")
+
+
+SIDES = ("dispute", "dispute_part", "dispute_all", "evidence", "withdraw")
+"""What either party may do, or try."""
 
 
 def wishes_of(*names: str) -> st.SearchStrategy[list[Wish]]:
@@ -83,8 +94,9 @@ class Market(Trade):
         self.parties: dict[int, tuple[int, int]] = {}
         self.crash: int | None = None
         self.target: int | None = None
-        self.patch = mock.patch.object(disputes, "DISPUTE_SECONDS", DISPUTE_SECONDS)
-        self.patch.start()
+        self.patches = ExitStack()
+        for patch in SECONDS:
+            self.patches.enter_context(mock.patch.object(*patch))
 
     @invariant()
     def books_hold(self) -> None:
@@ -98,7 +110,7 @@ class Market(Trade):
         for world in self.worlds if hasattr(self, "worlds") else ():
             self.run(check_actors(world))
         super().teardown()
-        self.patch.stop()
+        self.patches.close()
 
     async def _once(self, world: Any, caller: int, party: str, work: Any, key: Key) -> Answer:
         if self.target is not None:
@@ -189,7 +201,7 @@ class Market(Trade):
         """Somebody, rarely the wrong one, does something with an escrow."""
         role, doing = operations(amount, part, fraction)[what]
         buyer, provider = self.parties[index]
-        if what in ("dispute", "dispute_part", "evidence", "withdraw") and part % 2:
+        if what in SIDES and part % 2:
             role = PROVIDER if role == BUYER else BUYER
         who = {BUYER: buyer, PROVIDER: provider, ARBITER: 4, "payee": 6}[role]
         self.target = index if role in (ARBITER, "payee") or wrong < 7 else None

@@ -12,6 +12,7 @@ from tests.escrow.test_manual_api import done, lock, refused
 from tests.support.escrow import Agent, reading
 from x402mw.core.amounts import to_atomic
 from x402mw.escrow import agents, disputes, schema
+from x402mw.escrow.rules import step
 
 pytestmark = pytest.mark.anyio
 
@@ -94,15 +95,61 @@ async def test_a_dispute_outlives_the_escrow_and_its_end_ends_both(
         ]
 
 
-async def test_a_rejection_after_expiry_lets_expiry_have_it(db: str) -> None:
-    """Rule 5, T3: a review may outlast the escrow; once it is rejected nothing holds the money."""
+async def test_a_rejection_after_expiry_can_be_answered(db: str) -> None:
+    """X24: a review may outlast the escrow; rejecting then is no refund, but leaves a day."""
     async with market(db) as m:
         name = await lock(m, expires_in_seconds=30, review_seconds=50)
         await done(m, m.provider, name, "deliver", proof="x")
         m.escrow.clock.now += 40
         assert (await m.show(name))["status"] == "delivered"
-        ended = await done(m, m.buyer, name, "reject", reason="junk")
+        assert await refused(m, m.buyer, name, "refund") == (409, "invalid_state")
+        shown = await done(m, m.buyer, name, "reject", reason="junk")
+        assert (shown["status"], shown["expires_at"]) == (
+            "locked",
+            int(m.escrow.clock()) + step.ANSWER_SECONDS,
+        )
+        await m.escrow.skip_time(step.ANSWER_SECONDS - 1)
+        await done(m, m.provider, name, "deliver", proof="y")
+        await done(m, m.buyer, name, "reject", reason="junk")
+        await m.escrow.skip_time(step.ANSWER_SECONDS)
+        ended = await m.show(name)
         assert (ended["status"], ended["close_reason"]) == ("refunded", "expired_refund")
+
+
+async def test_a_dispute_over_a_unit_silences_nobody(db: str) -> None:
+    """Rule 5: the other party raises it to everything, which neither takes back."""
+    async with market(db) as m:
+        name = await lock(m, review_seconds=50)
+        await done(m, m.provider, name, "deliver", proof="junk")
+        await done(m, m.provider, name, "dispute", amount="0.000001", reason="a unit")
+        again = {"reason": "again"}
+        assert await refused(m, m.provider, name, "dispute", **again) == (409, "invalid_state")
+        part = {"amount": "9.00", "reason": "most of it"}
+        assert await refused(m, m.buyer, name, "dispute", **part) == (409, "invalid_state")
+        raised = await done(m, m.buyer, name, "dispute", reason="junk", evidence="see for yourself")
+        assert (raised["disputed"], raised["dispute"]["number"]) == ("10.00", 2)
+        for agent in (m.buyer, m.provider):
+            assert await refused(m, agent, name, "dispute", **again) == (409, "invalid_state")
+            gone = await refused(m, agent, name, "dispute/withdraw")
+            assert gone == (403, "not_the_opener")
+        cases = (await m.get(m.buyer, f"/escrow/{name}/disputes")).json()["items"]
+        assert [(case["number"], case["status"]) for case in cases] == [(2, "open"), (1, "raised")]
+        shares = {"to_provider": "0", "to_buyer": "10"}
+        ended = await done(m, await arbiter(m), name, "dispute/resolve", **shares)
+        assert ended["status"] == "refunded"
+
+
+async def test_nobody_hurries_the_end_by_a_dispute(db: str) -> None:
+    """E11: a provider's dispute that nobody decides is as if withdrawn, and counts as that."""
+    async with market(db) as m:
+        name = await lock(m, auto_release_hours=24 * 90)
+        for _ in range(3):
+            await done(m, m.provider, name, "dispute", reason="pay me")
+            await m.escrow.skip_time(disputes.DISPUTE_SECONDS)
+            assert (await m.show(name))["status"] == "locked"
+        often = (409, "withdrawn_too_often")
+        assert await refused(m, m.provider, name, "dispute", reason="pay me") == often
+        assert (await done(m, m.buyer, name, "refund"))["status"] == "refunded"
 
 
 async def test_a_unit_in_dispute_gains_no_time_to_reject(db: str) -> None:
@@ -180,20 +227,19 @@ async def test_a_late_decision_is_none(db: str) -> None:
 
 
 async def test_evidence_has_a_limit(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounds: a dispute takes so many statements, of both parties together, and none without it."""
-    monkeypatch.setattr(disputes, "EVIDENCE_MAX", 3)
+    """Bounds: each party makes so many statements in a dispute, whatever the other says."""
+    monkeypatch.setattr(disputes, "EVIDENCE_MAX", 2)
     async with market(db) as m:
         name = await lock(m)
         said = {"content": "so it was"}
         assert await refused(m, m.buyer, name, "dispute/evidence", **said) == (409, "invalid_state")
         await done(m, m.buyer, name, "dispute", reason="late", evidence="first")
-        for agent in (m.buyer, m.provider):
-            await done(m, agent, name, "dispute/evidence", **said)
-        for agent in (m.buyer, m.provider):
-            assert await refused(m, agent, name, "dispute/evidence", **said) == (
-                409,
-                "too_much_evidence",
-            )
+        await done(m, m.buyer, name, "dispute/evidence", **said)
+        often = (409, "too_much_evidence")
+        assert await refused(m, m.buyer, name, "dispute/evidence", **said) == often
+        for _ in range(2):
+            await done(m, m.provider, name, "dispute/evidence", **said)
+        assert await refused(m, m.provider, name, "dispute/evidence", **said) == often
         await done(m, m.buyer, name, "dispute/withdraw")
         await done(m, m.buyer, name, "dispute", reason="again", evidence="first")
 

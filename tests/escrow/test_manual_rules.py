@@ -31,9 +31,11 @@ from tests.escrow.agreement_steps import (
 from tests.escrow.test_rules import session
 from x402mw.core.amounts import Atomic, to_atomic
 from x402mw.escrow import modes
+from x402mw.escrow.rules import dispute as disputes
 from x402mw.escrow.rules import manual, money, table
 from x402mw.escrow.rules import session as sessions
 from x402mw.escrow.rules.agreement import WHOLE, Agreement, PartState
+from x402mw.escrow.rules.step import next_timer
 from x402mw.escrow.rules.table import TRANSITIONS, Event, InvalidState, NotCovered
 from x402mw.escrow.rules.values import MANUAL, RELEASE, SESSION, Escrow, Phase
 
@@ -104,7 +106,7 @@ def test_the_steps_cover_the_table() -> None:
 def test_nothing_happens_by_time_after_the_end() -> None:
     """I9: an ended escrow has no timer, and asking for one names the state."""
     ended = phases()[Phase.ENDED]
-    assert manual.next_timer(ended) is None
+    assert next_timer(ended) is None
     with pytest.raises(InvalidState, match="refunded"):
         manual.pass_time(ended)
 
@@ -164,7 +166,7 @@ def test_a_carry_survives_while_everything_is_disputed() -> None:
     for step in (STEPS[Event.CONDITION], manual.release_all, lambda a: manual.approve(a, WHOLE)):
         with pytest.raises((NotCovered, InvalidState)):
             step(held)
-    again = manual.withdraw(held, T0 + 1)
+    again = disputes.withdraw(held, T0 + 1)
     assert manual.release(again, HALF).escrow.released == 1
 
 
@@ -268,7 +270,7 @@ def test_a_milestone_is_paid_once() -> None:
     steps: list[Step] = [
         lambda a: manual.approve(a, 1),
         lambda a: manual.deliver(a, 1, "", T0),
-        lambda a: manual.reject(a, 1),
+        lambda a: manual.reject(a, 1, T0),
         lambda a: dispute(a, part=1),
     ]
     for step in steps:
@@ -287,7 +289,7 @@ def test_what_is_under_review_is_not_taken_back() -> None:
     assert manual.give_back(delivered, None).escrow.refunded == 10
 
 
-@pytest.mark.parametrize("answer", [lambda a: a, lambda a: manual.reject(a, 1)])
+@pytest.mark.parametrize("answer", [lambda a: a, lambda a: manual.reject(a, 1, T0)])
 def test_what_was_delivered_is_not_taken_back_alone(answer: Step) -> None:
     """X24: not by refund, settlement or closing, nor after a reject; the provider may give it."""
     delivered = answer(manual.deliver(lock(10, 4, 6), 1, "", T0))
@@ -305,7 +307,7 @@ def test_what_was_delivered_is_not_taken_back_alone(answer: Step) -> None:
     assert manual.close(delivered, Event.PROVIDER_CLOSE).escrow.status == "refunded"
 
 
-@pytest.mark.parametrize("answer", [lambda a: a, lambda a: manual.reject(a, 1)])
+@pytest.mark.parametrize("answer", [lambda a: a, lambda a: manual.reject(a, 1, T0)])
 def test_the_end_that_pays_is_not_put_off_once_delivered(answer: Step) -> None:
     """T3: else a buyer alone could extend for ever what on_expiry pays; a refund may wait."""
     for on_expiry in (RELEASE, "refund"):
@@ -322,11 +324,11 @@ BUYERS_OWN: list[Callable[[Agreement, int], Agreement]] = [
     lambda a, x: manual.refund(a, Atomic(x) if x else None),
     lambda a, x: manual.settle(a, Atomic(x // 2), Atomic(x - x // 2)),
     lambda a, _: manual.close(a, Event.BUYER_CLOSE),
-    lambda a, _: manual.reject(a, 1),
+    lambda a, _: manual.reject(a, 1, T0),
     lambda a, x: manual.top_up(a, Atomic(x)),
     lambda a, x: manual.release(a, Fraction(x, 2)),
     lambda a, _: manual.approve(a, 2),
-    lambda a, x: manual.withdraw(dispute(a, x or None, part=x % 3 or None), T0),
+    lambda a, x: disputes.withdraw(dispute(a, x or None, part=x % 3 or None), T0),
 ]
 
 
@@ -363,7 +365,7 @@ def test_a_part_is_never_called_paid_with_less_than_it_is_worth() -> None:
     assert waiting.parts[0].state is PartState.DELIVERED
     assert waiting.escrow.free == 2
     late = T0 + 2 * DAY
-    again = manual.withdraw(waiting, late)
+    again = disputes.withdraw(waiting, late)
     assert again.escrow.due_at == late - DAY == again.escrow.expires_at
     paid = pass_until(again, late)
     assert (paid.parts[0].state, paid.escrow.released) == (PartState.PAID, 4)
@@ -375,7 +377,7 @@ def test_a_unit_in_dispute_takes_no_delivery_back() -> None:
     waiting = pass_until(dispute(delivered, 1), T0 + DAY)
     with pytest.raises(InvalidState):
         manual.refund(waiting, None)
-    paid = pass_until(manual.withdraw(waiting, T0 + DAY), T0 + DAY)
+    paid = pass_until(disputes.withdraw(waiting, T0 + DAY), T0 + DAY)
     assert (paid.escrow.status, paid.escrow.released) == ("released", 10)
 
 
@@ -383,11 +385,11 @@ def test_what_a_dispute_gives_back_can_be_delivered_and_disputed() -> None:
     """Rule 5: an escrow without milestones is paid when nothing is left, and not before."""
     held = manual.approve(dispute(lock(10), 6), WHOLE)
     assert (held.escrow.released, held.parts[0].state) == (4, PartState.PENDING)
-    again = manual.withdraw(held, T0 + 1)
+    again = disputes.withdraw(held, T0 + 1)
     assert manual.deliver(again, WHOLE, "", T0 + 1).escrow.status == "delivered"
     assert dispute(again).escrow.disputed == 6
     more = manual.top_up(dispute(lock(10)), Atomic(5))
-    decided = manual.resolve(more, Atomic(10), Atomic(0), T0 + 1)
+    decided = disputes.resolve(more, Atomic(10), Atomic(0), T0 + 1)
     assert manual.deliver(decided, WHOLE, "", T0 + 1).escrow.status == "delivered"
 
 
@@ -400,7 +402,7 @@ def test_a_dispute_stops_the_clock_of_its_part() -> None:
     held = dispute(both, part=1, now=T0 + 100)
     after = pass_until(held, T0 + 5000)
     assert [part.state for part in after.parts] == [PartState.DELIVERED, PartState.PAID]
-    again = manual.withdraw(after, T0 + 5000)
+    again = disputes.withdraw(after, T0 + 5000)
     assert again.parts[0].review_until == T0 + 5000 + REVIEW - 100 == again.escrow.due_at
     assert pass_until(again, T0 + 5499).escrow.released == 6
     assert pass_until(again, T0 + 5500).escrow.status == "released"
@@ -422,9 +424,9 @@ def test_an_arbiter_shares_out_all_that_is_disputed(to_provider: int, to_buyer: 
     held = dispute(lock(10), 6)
     if to_provider + to_buyer != 6:
         with pytest.raises(NotCovered):
-            manual.resolve(held, Atomic(to_provider), Atomic(to_buyer), T0)
+            disputes.resolve(held, Atomic(to_provider), Atomic(to_buyer), T0)
         return
-    after = manual.resolve(held, Atomic(to_provider), Atomic(to_buyer), T0)
+    after = disputes.resolve(held, Atomic(to_provider), Atomic(to_buyer), T0)
     assert (after.escrow.released, after.escrow.refunded) == (to_provider, to_buyer)
     assert (after.escrow.free, after.escrow.disputed) == (4, 0)
     check(after)

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import ZERO, Atomic, atomic, display
 from x402mw.escrow import schema
-from x402mw.escrow.rules import manual
+from x402mw.escrow.rules import manual, step
 from x402mw.escrow.rules.agreement import Agreement, Dispute, Part, PartState
 from x402mw.escrow.rules.outage import effective_deadline
 from x402mw.escrow.rules.table import Event
@@ -18,9 +18,11 @@ from x402mw.escrow.terms import Extra
 from x402mw.escrow.transactions import Transaction
 
 OPEN, WITHDRAWN, RESOLVED, UNDECIDED = "open", "withdrawn", "resolved", "undecided"
+RAISED = "raised"
 """What may have become of a dispute."""
 
 _DECIDED = {
+    Event.DISPUTE: RAISED,
     Event.WITHDRAW: WITHDRAWN,
     Event.RESOLVE: RESOLVED,
     Event.UNDECIDED: UNDECIDED,
@@ -71,14 +73,16 @@ def _part(row: Row[Any]) -> Part:
 
 async def _load_dispute(connection: AsyncConnection, escrow_id: str) -> Dispute:
     disputes = schema.disputes
-    query = select(disputes).where(disputes.c.escrow_id == escrow_id, disputes.c.status == OPEN)
-    row = (await connection.execute(query)).one()
+    query = select(disputes).where(disputes.c.escrow_id == escrow_id)
+    newest = (await connection.execute(query.order_by(disputes.c.number.desc()).limit(2))).all()
+    row = newest[0]
     return Dispute(
         number=row.number,
         opener=row.opener,
         part=row.part,
         opened_at=row.opened_at,
         deadline=row.deadline,
+        raised=newest[-1].status == RAISED,
     )
 
 
@@ -127,12 +131,20 @@ async def keep(
     for old, new in zip(before.parts, after.parts, strict=True):
         if new != old:
             await _write_part(tx, escrow, new)
-    if before.dispute is None and after.dispute is not None:
-        opened = after._replace(escrow=escrow)
-        await _open_dispute(tx, opened, after.dispute, str(said.get("reason", "")))
-    if after.dispute is None and before.dispute is not None:
+    ended, opened = _changed_disputes(before, after)
+    if ended is not None:
         await _end_dispute(tx, before, after, event, said.get("arbiter"))
+    if opened is not None:
+        now = after._replace(escrow=escrow)
+        await _open_dispute(tx, now, opened, str(said.get("reason", "")))
     return after._replace(escrow=escrow)
+
+
+def _changed_disputes(before: Agreement, after: Agreement) -> tuple[Dispute | None, Dispute | None]:
+    """The dispute that has ended, and the one that was opened."""
+    if before.dispute == after.dispute:
+        return None, None
+    return before.dispute, after.dispute
 
 
 def _tell_part(before: Agreement, after: Agreement, event: Event) -> dict[str, Any]:
@@ -153,15 +165,21 @@ def _say(before: Agreement, after: Agreement, event: Event) -> dict[str, Any]:
     said: dict[str, Any] = {"parts": parts} if parts else {}
     if event is Event.DELIVER:
         said["proof"] = changed[0].proof
-    opened, ended = after.dispute, before.dispute
-    if ended is None and opened is not None:
+    if after.escrow.expires_at != before.escrow.expires_at:
+        said["expires_at"] = after.escrow.expires_at
+    if after.carry != before.carry:
+        said["carry"] = str(after.carry)
+    ended, opened = _changed_disputes(before, after)
+    if opened is not None:
         said["dispute"] = {
             "number": opened.number,
             "part": opened.part,
             "amount": display(after.escrow.disputed),
             "deadline": opened.deadline,
         }
-    if opened is None and ended is not None:
+        if ended is not None:
+            said["raises"] = ended.number
+    elif ended is not None:
         to_provider, to_buyer = map(display, _decided(before, after, event))
         shares = {"to_provider": to_provider, "to_buyer": to_buyer}
         said["dispute"] = {"number": ended.number, "status": _DECIDED[event], **shares}
@@ -244,11 +262,11 @@ async def count_disputes(connection: AsyncConnection, escrow_id: str) -> int:
 
 
 async def count_withdrawn(connection: AsyncConnection, escrow_id: str, opened: Dispute) -> int:
-    """How many disputes over the same thing their opener has taken back."""
+    """How many disputes over the same thing their opener has taken back, or left undecided."""
     disputes = schema.disputes.c
     query = select(func.count()).where(
         disputes.escrow_id == escrow_id,
-        disputes.status == WITHDRAWN,
+        disputes.status.in_([WITHDRAWN, UNDECIDED]),
         disputes.opener == opened.opener,
         disputes.part.is_not_distinct_from(opened.part),
     )
@@ -351,7 +369,7 @@ async def pass_time(tx: Transaction, agreement: Agreement, now: int, since: int 
     if now < since:
         return agreement
     with tx.by_time():
-        while (timer := manual.next_timer(agreement)) is not None and timer[0] <= now:
+        while (timer := step.next_timer(agreement)) is not None and timer[0] <= now:
             after, event, when = manual.pass_time(agreement)
             since = max(since, when)
             agreement = await keep(tx, agreement, after, event, effective_at=since)

@@ -14,14 +14,17 @@ from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.facts import hash_content
 from x402mw.escrow.manual import Answer, find_part, keep, load, show
 from x402mw.escrow.rows import find_escrow
-from x402mw.escrow.rules import manual, money
+from x402mw.escrow.rules import dispute as rules
+from x402mw.escrow.rules import money
 from x402mw.escrow.rules.agreement import Agreement
 from x402mw.escrow.rules.table import Event, InvalidState
 from x402mw.escrow.rules.values import MANUAL
 from x402mw.escrow.transactions import Transaction
 
 DISPUTE_SECONDS = 7 * 24 * 60 * 60
-EVIDENCE_MAX = 100
+EVIDENCE_MAX = 50
+"""How many statements each party may make: neither can silence the other."""
+
 WITHDRAWN_MAX = 3
 
 
@@ -31,7 +34,7 @@ async def dispute(
     """Holds an amount back until an arbiter decides."""
     before = await load(tx, caller, escrow_id)
     part = None if wish.milestone is None else find_part(before, wish.milestone).number
-    after = manual.dispute(
+    after = rules.open_dispute(
         before,
         caller,
         number=await agreements.count_disputes(tx.connection, escrow_id) + 1,
@@ -52,7 +55,7 @@ async def dispute(
 async def _check_withdrawn(tx: Transaction, agreement: Agreement) -> None:
     """A dispute stops a review; opened and withdrawn again and again it would stop it for ever."""
     opened = agreement.dispute
-    if opened is None:
+    if opened is None or opened.raised:
         return
     withdrawn = await agreements.count_withdrawn(tx.connection, agreement.escrow.escrow_id, opened)
     if withdrawn >= WITHDRAWN_MAX:
@@ -65,24 +68,28 @@ async def add_evidence(
 ) -> Answer:
     """Adds what a party has to say to the open dispute."""
     before = await load(tx, caller, escrow_id)
-    manual.check_evidence(before)
+    rules.check_evidence(before)
     if before.dispute is None:
         raise InvalidState(before.escrow.status, Event.EVIDENCE)
     number = before.dispute.number
-    line = await _next_line(tx, escrow_id, number)
+    line = await _next_line(tx, caller, escrow_id, number)
     await _write_evidence(tx, caller, escrow_id, (number, line), wish.content)
     said = _say_evidence(number, line, wish.content)
     kept = await agreements.keep(tx, before, before, Event.EVIDENCE, evidence=said)
     return await show(tx.connection, kept.escrow, kept)
 
 
-async def _next_line(tx: Transaction, escrow_id: str, number: int) -> int:
-    table = schema.evidence
-    query = select(func.count()).where(table.c.escrow_id == escrow_id, table.c.number == number)
-    lines = int((await tx.connection.execute(query)).scalar_one())
-    if lines >= EVIDENCE_MAX:
-        raise Refused(409, "too_much_evidence", f"a dispute takes {EVIDENCE_MAX} statements")
-    return lines + 1
+async def _next_line(tx: Transaction, caller: str, escrow_id: str, number: int) -> int:
+    evidence = schema.evidence.c
+    mine = func.count().filter(evidence.agent_id == caller)
+    query = select(func.count(), mine).where(
+        evidence.escrow_id == escrow_id, evidence.number == number
+    )
+    lines, own = (await tx.connection.execute(query)).one()
+    if own >= EVIDENCE_MAX:
+        detail = f"a party makes {EVIDENCE_MAX} statements in a dispute"
+        raise Refused(409, "too_much_evidence", detail)
+    return int(lines) + 1
 
 
 def _say_evidence(number: int, line: int, content: str) -> dict[str, Any]:
@@ -108,10 +115,13 @@ async def _write_evidence(
 
 
 async def withdraw(tx: Transaction, caller: str, escrow_id: str) -> Answer:
-    """Takes a dispute back; only who opened it may."""
+    """Takes a dispute back; only who opened it may, and none that both parties want."""
     before = await load(tx, caller, escrow_id)
-    after = manual.withdraw(before, tx.now)
-    if before.dispute is not None and before.dispute.opener != caller:
+    opened = before.dispute
+    if opened is not None and opened.raised:
+        raise Refused(403, "not_the_opener", "both parties dispute this, so neither takes it back")
+    after = rules.withdraw(before, tx.now)
+    if opened is not None and opened.opener != caller:
         raise Refused(403, "not_the_opener", "only the party that opened the dispute may do that")
     return await keep(tx, before, after, Event.WITHDRAW)
 
@@ -131,7 +141,7 @@ async def resolve(
     if arbiter in (escrow.buyer, escrow.provider, escrow.referrer, *payees):
         raise Refused(403, "arbiter_is_party", "an arbiter decides between others")
     before = await agreements.load(tx.connection, escrow)
-    after = manual.resolve(before, wish.to_provider, wish.to_buyer, tx.now)
+    after = rules.resolve(before, wish.to_provider, wish.to_buyer, tx.now)
     return await keep(tx, before, after, Event.RESOLVE, reason=wish.reason, arbiter=arbiter)
 
 

@@ -163,7 +163,7 @@ async def reject(
     """Does not take a delivery; the provider may deliver again."""
     before = await as_buyer(tx, caller, escrow_id)
     part = find_part(before, wish.milestone)
-    after = manual.reject(before, part.number)
+    after = manual.reject(before, part.number, tx.now)
     # A dispute over other money may keep a delivery waiting beyond the end of its review.
     if part.review_until is not None and _is_over(tx, part.review_until):
         raise Refused(409, "review_over", "reject is not possible after review_until")
@@ -178,7 +178,7 @@ async def extend(tx: Transaction, caller: str, escrow_id: str, seconds: int) -> 
     if expires_at > tx.now + EXPIRES_SECONDS_MAX:
         raise Refused(422, "invalid_request", "an escrow ends within a year")
     after = manual.extend(before, expires_at)
-    return await keep(tx, before, after, Event.EXTEND, expires_at=expires_at)
+    return await keep(tx, before, after, Event.EXTEND)
 
 
 # By the provider, or by either.

@@ -10,5 +10,7 @@ books can never disagree with the state.
     outage     deadlines after the escrow was down
     session    vouchers: L and R only grow until the close
     agreement  what a manual escrow is: parts, dispute, carry
-    manual     the buyer releases: milestones, deliveries, disputes, conditions
+    step       how every event of one ends, and what time does next
+    dispute    held money: an arbiter shares it out, or time
+    manual     the buyer releases: milestones, deliveries, conditions
 """

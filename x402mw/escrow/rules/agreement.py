@@ -38,13 +38,17 @@ class Part(NamedTuple):
 
 
 class Dispute(NamedTuple):
-    """An open dispute over D of the escrow; `part` is the milestone it is about, if one."""
+    """An open dispute over D of the escrow; `part` is the milestone it is about, if one.
+
+    `raised` says that it took the place of one that the other party had opened over less.
+    """
 
     number: int
     opener: str
     part: int | None
     opened_at: int
     deadline: int
+    raised: bool = False
 
 
 class Agreement(NamedTuple):
@@ -60,13 +64,15 @@ class Agreement(NamedTuple):
     dispute: Dispute | None = None
 
     @property
-    def claimed(self) -> int:
-        """What was delivered, rejected or not, and not yet paid, of what is free.
-
-        The buyer alone may not take it back (requirement X24).
-        """
+    def done(self) -> list[Part]:
+        """What was delivered, rejected or not, and not yet paid."""
         states = (PartState.DELIVERED, PartState.REJECTED)
-        parts = [part for part in self.parts if part.state in states and not self.holds(part)]
+        return [part for part in self.parts if part.state in states]
+
+    @property
+    def claimed(self) -> int:
+        """What is done, of what is free: the buyer alone may not take it back (requirement X24)."""
+        parts = [part for part in self.done if not self.holds(part)]
         return min(self.escrow.free, sum(map(self.worth, parts)))
 
     @property

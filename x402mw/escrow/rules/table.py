@@ -65,7 +65,7 @@ TRANSITIONS = {
     | _RETURN
     | _REVIEW
     | {Event.PROVIDER_CLOSE, Event.DISPUTE},
-    (MANUAL, Phase.DISPUTED): _MANUAL_ALWAYS | _RETURN | _REVIEW | _DECISIONS,
+    (MANUAL, Phase.DISPUTED): _MANUAL_ALWAYS | _RETURN | _REVIEW | _DECISIONS | {Event.DISPUTE},
     (MANUAL, Phase.ENDED): _RETURN,
 }
 """Everything an escrow can do, by (kind, phase)."""
