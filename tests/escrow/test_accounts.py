@@ -165,6 +165,8 @@ async def test_a_rotated_key_has_its_grace(db: str) -> None:
     async with market(db) as m:
         (old,) = await keys_of(m, m.buyer)
         path = f"{KEYS}/{old}/rotate"
+        url = {"url": "https://b.example/"}
+        hook = (await m.post(m.buyer, "/webhooks", url)).json()["webhook_id"]
         answer = await m.post(m.buyer, path, {"grace_seconds": 100})
         assert answer.json()["replaced_until"] == 1_800_000_100
         new = Agent(m.buyer.agent_id, answer.json()["api_key"])
@@ -172,6 +174,9 @@ async def test_a_rotated_key_has_its_grace(db: str) -> None:
         assert await works(m, m.buyer)
         assert await works(m, new)
         assert code_of(await m.post(m.buyer, KEYS)) == (409, "key_ending")
+        for lasting in ("/webhooks", f"/webhooks/{hook}/rotate", "/agents/me/revoke"):
+            body = url if lasting == "/webhooks" else {}
+            assert code_of(await m.post(m.buyer, lasting, body)) == (409, "key_ending")
         assert code_of(await m.post(new, path)) == (409, "key_ending")
         await m.escrow.pass_time(1)
         assert not await works(m, m.buyer)

@@ -53,8 +53,9 @@ async def test_every_route_with_every_scope(db: str) -> None:
     async with market(db) as m:
         wrong = []
         for scope in SCOPES:
-            for method, path, scopes, *_ in GUARDED:
-                agent = await make_key(m, m.buyer, scope)
+            for route in GUARDED:
+                method, path, scopes, *_ = route
+                agent = await make_key(m, m.buyer, scope, *route.also.split())
                 status, code = await ask(m, agent, method, filled(path, IDS))
                 if path == "/agents/me/revoke" and scope in scopes.split():
                     # Then all the others of the agent's keys are asked for.
@@ -87,6 +88,29 @@ async def test_a_missing_scope_is_named(db: str) -> None:
         assert "scope spend" in answer.json()["detail"]
         both = await m.post(reader, f"/escrow/{IDS['escrow_id']}/close")
         assert both.json()["scopes"] == ["spend", "provide"]
+
+
+async def test_who_may_not_look_is_told_nothing(db: str) -> None:
+    """Scopes: a webhook tells what `read` shows, so making, rotating and resending one needs it."""
+    telling = {
+        (route.method, route.path) for route in ROUTES if route.path.startswith("/webhooks")
+    } - {("DELETE", "/webhooks/{webhook_id}"), ("GET", "/webhooks")}
+    async with market(db) as m:
+        blind = await make_key(m, m.buyer, "spend", "provide")
+        for method, path in telling:
+            assert await ask(m, blind, method, filled(path, IDS)) == (403, "scope")
+        answer = await m.post(blind, "/webhooks", {"url": "https://b.example/"})
+        assert (code_of(answer), answer.json()["scopes"]) == ((403, "scope"), ["read"])
+        document = (await m.http.get(f"{m.escrow.url}/openapi.json")).json()["paths"]
+        assert document["/webhooks"]["post"]["x-scopes-also"] == ["read"]
+
+
+async def test_all_that_is_missing_is_named_as_such(db: str) -> None:
+    """Contract: who lacks several scopes, each of them needed, is not told that one would do."""
+    async with market(db) as m:
+        answer = await m.post(m.buyer, "/agents/me/keys", {"scopes": ["admin", "arbiter"]})
+        assert (code_of(answer), answer.json()["scopes"]) == ((403, "scope"), ["admin", "arbiter"])
+        assert "admin and arbiter, and all of them" in answer.json()["detail"]
 
 
 async def test_each_role_needs_its_own_scope(db: str) -> None:

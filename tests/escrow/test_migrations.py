@@ -196,7 +196,7 @@ async def test_old_manual_escrows_go_on(empty_db: str) -> None:
 
 
 async def test_old_deliveries_have_their_turn(empty_db: str) -> None:
-    """Webhooks: 0011 counts what waits for each, and knows when the first of it is due."""
+    """Webhooks: 0011 counts what waits for each and when it is due; none outlives its key."""
     agent = OLD["tables"]["agents"][0]["agent_id"]
     hook = {"agent_id": agent, "url": "https://b.example/", "events": "", "status": "active"}
     hook |= {"created_at": 1, "since": 0, "generation": 1}
@@ -212,7 +212,13 @@ async def test_old_deliveries_have_their_turn(empty_db: str) -> None:
         await connection.run_sync(lambda sync: database.upgrade(sync, "0003"))
         await connection.run_sync(_fill, OLD)
         await connection.run_sync(lambda sync: database.upgrade(sync, "0010"))
-        hooks = [{**hook, "webhook_id": name} for name in ("wh_1", "wh_2")]
+        key = connection.exec_driver_sql(f"SELECT key_id FROM api_keys WHERE agent_id = '{agent}'")
+        ending = (await key).scalar_one()
+        await connection.exec_driver_sql(
+            f"UPDATE api_keys SET expires_at = 5 WHERE key_id = '{ending}'"
+        )
+        hooks = [{**hook, "webhook_id": name, "key_id": None} for name in ("wh_1", "wh_2")]
+        hooks.append({**hook, "webhook_id": "wh_3", "key_id": ending})
         old = {"tables": {"webhooks": hooks, "deliveries": sent}}
         await connection.run_sync(_fill, old)
         await database.migrate(connection)

@@ -168,7 +168,7 @@ async def create_key(
     tx: Transaction, asker: Principal, name: str, scopes: Iterable[str] | None
 ) -> dict[str, Any]:
     """Makes one more key of the asking agent, that may no more than the key that asks."""
-    await _check_asker(tx, asker)
+    await check_stays(tx, asker)
     wanted = asker.scopes if scopes is None else frozenset(scopes)
     _check_reach(asker, wanted)
     await _check_room(tx, asker)
@@ -187,7 +187,7 @@ async def rotate_key(
     tx: Transaction, asker: Principal, key_id: str, grace_seconds: int
 ) -> dict[str, Any]:
     """Replaces a key by a new one like it; the old one dies now, or after some seconds of grace."""
-    await _check_asker(tx, asker)
+    await check_stays(tx, asker)
     row = await _find_own(tx, asker, key_id)
     if row.revoked_at is not None or row.expires_at is not None:
         raise Refused(409, "key_ending", "this key was rotated or revoked already")
@@ -211,7 +211,7 @@ async def rotate_key(
 
 async def revoke_key(tx: Transaction, asker: Principal, key_id: str) -> dict[str, Any]:
     """Ends a key at once; again is harmless. The last key that manages keys can only be rotated."""
-    await _check_asker(tx, asker)
+    await check_stays(tx, asker)
     row = await _find_own(tx, asker, key_id)
     if row.revoked_at is None:
         await _check_others(tx, asker.agent_id, key_id)
@@ -263,13 +263,15 @@ async def _end(tx: Transaction, which: Any, values: dict[str, int]) -> None:
 # Who may do that. Read again inside the transaction: the asking key may have died meanwhile.
 
 
-async def _check_asker(tx: Transaction, asker: Principal) -> None:
+async def check_stays(tx: Transaction, asker: Principal) -> None:
+    """Refuses a key that is being replaced: what it made or ended would outlive it."""
     query = select(_KEYS.revoked_at, _KEYS.expires_at).where(_KEYS.key_id == asker.key_id)
     row = (await tx.connection.execute(query)).one()
     if row.revoked_at is not None:
         raise unauthorized()
     if row.expires_at is not None:
-        raise Refused(409, "key_ending", "a key that is being replaced manages no keys")
+        detail = "a key that is being replaced manages no keys and makes no webhooks"
+        raise Refused(409, "key_ending", detail)
 
 
 async def _find_own(tx: Transaction, asker: Principal, key_id: str) -> Any:
@@ -283,6 +285,7 @@ async def _find_own(tx: Transaction, asker: Principal, key_id: str) -> Any:
 
 async def check_whole(tx: Transaction, asker: Principal) -> None:
     """Refuses a key that may less than another of its agent: it would end that one too."""
+    await check_stays(tx, asker)
     rows = await tx.connection.execute(_WORKING, {"agent_id": asker.agent_id, "now": tx.now})
     _check_reach(asker, frozenset().union(*(_read_scopes(row.scopes) for row in rows)))
 
@@ -290,13 +293,22 @@ async def check_whole(tx: Transaction, asker: Principal) -> None:
 def _check_reach(asker: Principal, scopes: frozenset[str]) -> None:
     beyond = sorted(scopes - asker.scopes)
     if beyond:
-        raise lacking(beyond)
+        raise lacking_all(beyond)
 
 
 def lacking(scopes: Iterable[str]) -> Refused:
-    """The key works, but not for this; `scopes` names what it lacks."""
+    """The key works, but not for this; one of `scopes` would do."""
     words = list(scopes)
     detail = f"this key lacks the scope {' or '.join(words)}"
+    return Refused(403, "scope", detail, scopes=words)
+
+
+def lacking_all(scopes: Iterable[str]) -> Refused:
+    """The key works, but not for this; it would take each of `scopes`."""
+    words = list(scopes)
+    if len(words) == 1:
+        return lacking(words)
+    detail = f"this key lacks the scopes {' and '.join(words)}, and all of them are needed"
     return Refused(403, "scope", detail, scopes=words)
 
 

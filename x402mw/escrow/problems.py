@@ -46,7 +46,7 @@ PROBLEMS = {
     "scope": Problem(
         (403,),
         "this key may not do that",
-        "use a key of the same agent with one of `scopes`",
+        "use a key of the same agent with one of `scopes`, or with all if `detail` says so",
     ),
     "not_the_buyer": Problem((403,), "only the buyer of this escrow may do that", "ask the buyer"),
     "not_the_provider": Problem(

@@ -133,6 +133,7 @@ ROUTES: Routes = (
         "Ends yourself: all your keys die at once, your open sessions close.",
         answers.RevokedAgent,
         bodies.Body,
+        refusals="key_ending",
     ),
     Route(
         *("GET", "/handles/{handle}", READ, show_handle),

@@ -111,6 +111,8 @@ def _describe(route: Route) -> Schema:
         "responses": _responses(route),
         "x-scopes": scopes,
     }
+    if route.also:
+        operation["x-scopes-also"] = route.also.split()
     if not scopes:
         # Registration also looks at the key of an admin who asks.
         operation["security"] = [{}, {"key": []}] if "scope" in route.refusals.split() else []

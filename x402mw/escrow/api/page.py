@@ -102,6 +102,7 @@ def _prose(text: str) -> str:
 def _operation(document: Schema, path: str, method: str, operation: Schema) -> str:
     name, scopes = escape(operation["operationId"]), operation["x-scopes"]
     needs = f"a key with {' or '.join(f'`{one}`' for one in scopes)}" if scopes else "no key"
+    needs += "".join(f", and `{one}`" for one in operation.get("x-scopes-also", ()))
     summary = f"{operation['summary']} Needs {needs}."
     fields = [
         (one["name"], _note(one["in"], one.get("required")), {**one["schema"], **_said(one)})

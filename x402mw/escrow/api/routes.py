@@ -18,10 +18,11 @@ OPEN = ""
 class Route(NamedTuple):
     """One operation.
 
-    Of the `scopes`, separated by spaces, a key needs one. `body` and `answer` are pydantic models,
-    or unions of them; no body is the empty object. `refusals` names the codes, separated by spaces,
-    that are this route's own: those that follow from its other fields are not repeated. `keyed`
-    tells whether it looks at an Idempotency-Key. Without an `answer` it is a text of type `media`.
+    Of the `scopes`, separated by spaces, a key needs one, and besides that all of `also`. `body`
+    and `answer` are pydantic models, or unions of them; no body is the empty object. `refusals`
+    names the codes, separated by spaces, that are this route's own: those that follow from its
+    other fields are not repeated. `keyed` tells whether it looks at an Idempotency-Key. Without an
+    `answer` it is a text of type `media`.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Route(NamedTuple):
     refusals: str = ""
     keyed: bool = True
     media: str = "application/json"
+    also: str = ""
 
 
 Routes = tuple[Route, ...]

@@ -40,8 +40,8 @@ def find_ledger(request: Request) -> Ledger:
 
 
 def guard(route: Route) -> Endpoint:
-    """Lets only keys with one of its scopes come to a route, and reads its query."""
-    needed, endpoint = route.scopes.split(), route.endpoint
+    """Lets only keys with the scopes of a route come to it, and reads its query."""
+    needed, also, endpoint = route.scopes.split(), route.also.split(), route.endpoint
     by_role = set(needed) == _OF_ROLES
 
     @wraps(endpoint)
@@ -50,6 +50,8 @@ def guard(route: Route) -> Endpoint:
             principal = await authenticate(request)
             if principal.scopes.isdisjoint(needed):
                 raise access.lacking(needed)
+            if not principal.scopes.issuperset(also):
+                raise access.lacking_all(also)
             if by_role and not principal.scopes >= _OF_ROLES:
                 await _check_role(request, principal)
             request.scope[_PRINCIPAL] = principal

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from x402mw.escrow import access
 from x402mw.escrow.access import READ
 from x402mw.escrow.api import account_answers as answers
 from x402mw.escrow.api.queries import DeliveryPage
@@ -51,10 +52,11 @@ class NewWebhook(Body):
 
 async def create_webhook(request: Request) -> Response:
     """POST /webhooks."""
-    key_id = find_principal(request).key_id
+    asker = find_principal(request)
 
     async def create(tx: Transaction, caller: str, body: NewWebhook) -> dict[str, Any]:
-        events = tuple(dict.fromkeys(body.events))
+        await access.check_stays(tx, asker)
+        events, key_id = tuple(dict.fromkeys(body.events)), asker.key_id
         return await webhooks.create(tx, caller, body.url, events, body.escrow_id, key_id=key_id)
 
     return await change(request, NewWebhook, create, status=201, secret=True)
@@ -80,8 +82,10 @@ async def delete_webhook(request: Request) -> Response:
 async def rotate_webhook(request: Request) -> Response:
     """POST /webhooks/{id}/rotate."""
     webhook_id = path_id(request, "webhook_id", webhooks.WEBHOOK_ID)
+    asker = find_principal(request)
 
     async def rotate(tx: Transaction, caller: str, _body: Body) -> dict[str, Any]:
+        await access.check_stays(tx, asker)
         return await webhooks.rotate(tx, caller, webhook_id)
 
     return await change(request, Body, rotate, secret=True)
@@ -127,7 +131,8 @@ ROUTES: Routes = (
         answers.MadeWebhook,
         NewWebhook,
         status=201,
-        refusals="not_found too_many_webhooks",
+        refusals="not_found too_many_webhooks key_ending",
+        also=READ,
     ),
     Route(
         *("GET", "/webhooks", READ, list_webhooks),
@@ -144,6 +149,8 @@ ROUTES: Routes = (
         "Makes the next secret; for a day deliveries are signed with both.",
         answers.RotatedWebhook,
         Body,
+        refusals="key_ending",
+        also=READ,
     ),
     Route(
         *("GET", _ONE + "/deliveries", READ, list_deliveries),
@@ -157,5 +164,6 @@ ROUTES: Routes = (
         answers.SentEvent,
         Body,
         refusals="waits_its_turn",
+        also=READ,
     ),
 )

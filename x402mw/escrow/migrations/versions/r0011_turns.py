@@ -1,6 +1,7 @@
 """A webhook says how many deliveries wait for it, and when the first of them is due.
 
-So whose turn it is is found without reading all that waits.
+So whose turn it is is found without reading all that waits. Webhooks that a key made while it was
+being replaced end, as they do with every other key that ends.
 """
 
 import sqlalchemy as sa
@@ -20,6 +21,10 @@ def upgrade() -> None:
         "UPDATE webhooks SET next_at = line.first, waiting = line.waiting FROM (SELECT webhook_id,"
         " min(next_at) AS first, count(*) AS waiting FROM deliveries WHERE state = 'waiting'"
         " GROUP BY webhook_id) AS line WHERE line.webhook_id = webhooks.webhook_id"
+    )
+    op.execute(
+        "DELETE FROM webhooks WHERE last_entry IS NULL AND key_id IN (SELECT key_id FROM api_keys"
+        " WHERE revoked_at IS NOT NULL OR expires_at IS NOT NULL)"
     )
     due = sa.text("next_at IS NOT NULL")
     op.drop_index("deliveries_due", "deliveries")
