@@ -9,7 +9,6 @@ raised.
 """
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC
@@ -20,13 +19,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel
 
-from x402mw.core.errors import (
-    ConfigurationError,
-    EscrowRefused,
-    EscrowUnavailable,
-    InsecureOrigin,
-    Malformed,
-)
+from x402mw.core.errors import EscrowRefused, EscrowUnavailable, Malformed
 from x402mw.core.messages import validate
 from x402mw.core.strict import dumps, loads_object
 from x402mw_client import account_operations as accounts
@@ -37,31 +30,13 @@ from x402mw_client.events_stream import EventStream
 from x402mw_client.methods import Method, Series, Walk
 from x402mw_client.operations import AnyEscrow, Listing, Operation, Steps
 from x402mw_client.records import Page
+from x402mw_client.secure import check_api_key, check_secure
 from x402mw_client.webhooks import Event
 
 PROBLEM = "urn:x402mw:problem:"
-_LOOPBACK = re.compile(r"127(\.[0-9]{1,3}){3}", re.ASCII)
-_API_KEY = re.compile(r"[!-~]+")
 
 T = TypeVar("T", bound=BaseModel)
 Made = TypeVar("Made")
-
-
-def check_secure(url: httpx.URL) -> httpx.URL:
-    """Returns the URL if it is https or this very machine, else raises `InsecureOrigin`."""
-    if url.scheme == "https":
-        return url
-    local = url.host in ("localhost", "::1") or _LOOPBACK.fullmatch(url.host) is not None
-    if url.scheme == "http" and local:
-        return url
-    raise InsecureOrigin(f"{url.scheme}://{url.host} is neither https nor this machine")
-
-
-def check_api_key(api_key: str | None) -> str | None:
-    """Returns the key if a header can carry it, else raises `ConfigurationError`, without it."""
-    if api_key is None or _API_KEY.fullmatch(api_key):
-        return api_key
-    raise ConfigurationError("an API key is visible ASCII without spaces or line breaks")
 
 
 class _Methods:

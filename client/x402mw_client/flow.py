@@ -24,9 +24,9 @@ from x402mw.core.vouchers import BIND_REQUEST
 from x402mw_client import answers
 from x402mw_client.answers import Verdict, Word, classify, read_word, retry_after
 from x402mw_client.control import learn_charge, resolve_doubts
-from x402mw_client.escrow import check_secure
 from x402mw_client.memory import Busy
 from x402mw_client.probing import learn, probe
+from x402mw_client.secure import check_secure
 from x402mw_client.sessions import Call, Form, Offer, Session, Stale
 from x402mw_client.state import WalletState
 from x402mw_client.steps import (

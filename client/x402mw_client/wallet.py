@@ -13,10 +13,11 @@ from x402mw.core.amounts import Atomic, display
 from x402mw.core.telemetry import Telemetry
 from x402mw_client.closing import close_all, close_lost
 from x402mw_client.drive import AsyncDriver, SyncDriver
-from x402mw_client.escrow import AsyncEscrowClient, EscrowClient, check_secure
+from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
 from x402mw_client.events import Events
 from x402mw_client.limits import Limits
 from x402mw_client.receipts import ReceiptRefused, SignedReceipt, newest_receipt
+from x402mw_client.secure import check_api_key, check_secure
 from x402mw_client.sessions import Paid, State
 from x402mw_client.state import BUFFER_BYTES, WalletState
 from x402mw_client.steps import Story
@@ -65,6 +66,7 @@ class Wallet:
         clock: Callable[[], float] = time.time,
     ) -> None:
         check_secure(httpx.URL(escrow))
+        check_api_key(api_key)
         self._api_key = api_key
         self._memory = open_memory(path)
         try:

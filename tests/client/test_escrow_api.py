@@ -15,7 +15,7 @@ from x402mw.core.errors import (
     InsecureOrigin,
     Moved,
 )
-from x402mw_client import account_operations, operations
+from x402mw_client import Limits, Wallet, account_operations, operations
 from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
 from x402mw_client.operations import RedeemItem
 
@@ -242,7 +242,12 @@ def test_plain_http_leaves_this_machine_never(url: str) -> None:
 @pytest.mark.parametrize("key", ["", "pf_ü", "pf_x\r\nX: y", "pf_x\n", "pf x", "pf_\x00"])
 def test_a_key_that_no_header_can_carry(key: str) -> None:
     """Configuration: told when the client is made, not as an outage later, and not repeated."""
-    for kind in (AsyncEscrowClient, EscrowClient):
+    limits = Limits(per_request="0.01", total="1.00")
+    for make in (
+        lambda: AsyncEscrowClient(URL, key),
+        lambda: EscrowClient(URL, key),
+        lambda: Wallet(escrow=URL, api_key=key, limits=limits),
+    ):
         with pytest.raises(ConfigurationError) as told:
-            kind(URL, key)
+            make()
         assert "pf" not in str(told.value)

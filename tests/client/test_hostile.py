@@ -19,7 +19,8 @@ from x402mw.core.errors import (
     PaymentRefused,
 )
 from x402mw_client import bodies, flow
-from x402mw_client.escrow import AsyncEscrowClient, EscrowClient, check_secure
+from x402mw_client.escrow import AsyncEscrowClient, EscrowClient
+from x402mw_client.secure import check_secure
 from x402mw_client.steps import Sleep
 
 pytestmark = pytest.mark.anyio

@@ -13,8 +13,8 @@ from x402mw.core.vouchers import network_id
 from x402mw.doctor.asking import Asker, Unreachable
 from x402mw.doctor.findings import Finding, finding
 from x402mw.doctor.terms import Offered
-from x402mw_client.escrow import check_secure
 from x402mw_client.records import EscrowKeys, Health
+from x402mw_client.secure import check_secure
 
 APART_SECONDS = 30
 

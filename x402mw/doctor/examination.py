@@ -26,7 +26,7 @@ from x402mw.doctor.asking import Answer, Asker, Unreachable
 from x402mw.doctor.escrow import check_escrow
 from x402mw.doctor.findings import Finding, Severity, finding
 from x402mw.doctor.terms import Offered, check_place, origin_of, read_offer, read_required
-from x402mw_client.escrow import check_secure
+from x402mw_client.secure import check_secure
 
 WRONG_SECONDS, OFF_SECONDS = 120, 30
 EXPIRES_MS = 300_000
