@@ -314,6 +314,7 @@ class HistoryLine(Answer):
     released: Amount
     fee: Amount
     refunded: Amount
+    returned: Amount = ZERO
     data: dict[str, Any] = Field(default_factory=dict)
 
 

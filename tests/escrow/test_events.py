@@ -167,6 +167,9 @@ async def test_each_party_is_told_what_the_other_does(db: str) -> None:
                 await m.post(m.buyer, f"{path}/{verdicts[name]}", body)
         until = int(m.escrow.clock()) + 100
         await m.post(m.provider, f"{path}/return", {"amount": "1"})
+        returned = (await m.get(m.buyer, f"{path}/history")).json()["items"][0]
+        assert (returned["kind"], returned["returned"]) == ("return", "1.00")
+        assert {returned[name] for name in ("locked", "released", "fee", "refunded")} == {"0.00"}
         await m.escrow.pass_time(200)
         async with listening(m, m.buyer, "0") as stream:
             found = [event["data"] for event in await take(stream, 9)]

@@ -188,6 +188,7 @@ class Line(Answer):
     released: Money
     fee: Money
     refunded: Money
+    returned: Money
     data: dict[str, Any]
 
 

@@ -95,8 +95,17 @@ def describe(entry: Entry, buyer: str, data: dict[str, Any]) -> dict[str, Any]:
     out = [move for move in entry.transfers if move.source == account]
     refunded = sum(move.amount for move in out if move.target == home)
     fees = sum(move.amount for move in out if move.target.startswith("house:"))
-    released = sum(move.amount for move in out) - refunded
-    amounts = {"locked": locked, "released": released, "fee": fees, "refunded": refunded}
+    # Not out of the escrow: the provider gives back what it was paid.
+    beside = sum(
+        move.amount for move in entry.transfers if move.target == home and move.source != account
+    )
+    amounts = {
+        "locked": locked,
+        "released": sum(move.amount for move in out) - refunded,
+        "fee": fees,
+        "refunded": refunded,
+        "returned": beside,
+    }
     return {
         "id": str(entry.seq),
         "kind": entry.kind,

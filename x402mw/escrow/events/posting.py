@@ -23,19 +23,17 @@ CONNECTIONS_MAX = 256
 
 RESOLVING_MAX = 64
 _Options = Iterable[httpcore.SOCKET_OPTION]
-# Each of these carries an IPv4 address that it may lead to.
-_CARRIERS = tuple(
+# All of IPv6 that is given out for the open internet.
+_GLOBAL = ipaddress.ip_network("2000::/3")
+# Not for the open internet, or leading to an IPv4 address, whatever a list of the language says.
+_SPECIAL = tuple(
     map(
         ipaddress.ip_network,
         (
-            *("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"),
-            *("::/96", "::ffff:0:0:0/96"),
+            *("192.0.0.0/24", "192.88.99.0/24"),
+            *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
         ),
     )
-)
-# Not for the open internet, whatever an older list of the language says.
-_SPECIAL = tuple(
-    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "5f00::/16"))
 )
 
 
@@ -56,7 +54,7 @@ def is_public(text: str) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(str(address.ipv4_mapped))
-        if any(address in network for network in _CARRIERS) or address.is_site_local:
+        if address not in _GLOBAL:
             return False
     if any(address in network for network in _SPECIAL):
         return False
