@@ -1,8 +1,9 @@
 """The command line: `x402mw audit verify` and `x402mw audit export`. `docs/audit.md`."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -141,10 +142,11 @@ def export(
         _export(db, since, sys.stdout)
         return
     try:
-        file = out.open("x", encoding="utf-8")
+        # Who pays whom is for the operator only, like the database.
+        handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         fail(f"cannot write {out}: {error.strerror}")
-    with closing(file):
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
         _export(db, since, file)
 
 
