@@ -23,10 +23,10 @@ async def make_agent(m: Market, tenant: str, *scopes: str, handle: str | None = 
     return Agent(made["agent_id"], made["api_key"])
 
 
-async def make_key(m: Market, agent: Agent, *scopes: str, mode: str = "live") -> Agent:
+async def make_key(m: Market, agent: Agent, *scopes: str) -> Agent:
     """One more key of an agent, with just these scopes."""
     async with m.escrow.ledger.write() as tx:
-        made = await access.issue(tx, agent.agent_id, mode, scopes)
+        made = await access.issue_as_operator(tx, agent.agent_id, scopes)
     return Agent(agent.agent_id, made["api_key"])
 
 

@@ -15,8 +15,8 @@ from x402mw.escrow import access, agents, banking, transfers
 from x402mw.escrow.account_bodies import NewTransfer
 from x402mw.escrow.books import audit
 from x402mw.escrow.ledger import Ledger, open_ledger
+from x402mw.escrow.modes import PUBLIC
 from x402mw.escrow.settings import Settings
-from x402mw.escrow.tenants import PUBLIC
 from x402mw.escrow.transactions import Transaction
 
 AGENTS = 6

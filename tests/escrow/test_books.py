@@ -10,7 +10,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from sqlalchemy import Connection, insert, inspect
+from sqlalchemy import Connection, insert, inspect, select
 from sqlalchemy.exc import IntegrityError
 
 from tests.escrow.conftest import DATABASES
@@ -19,11 +19,11 @@ from tests.support.escrow import ROOT_SEED, MovingClock, reading
 from tests.support.postgresql import database_name, fresh_database, shared_server
 from x402mw.core.amounts import AMOUNT_MAX, Atomic, display
 from x402mw.core.errors import ConfigurationError
-from x402mw.escrow import agents, banking, database, modes, schema
+from x402mw.escrow import agents, banking, database, modes, schema, sessions, tenants
 from x402mw.escrow.books import audit
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.ledger import open_ledger
-from x402mw.escrow.rows import balance_of
+from x402mw.escrow.rows import balance_of, fetch_escrows
 from x402mw.escrow.rules.values import Transfer
 from x402mw.escrow.settings import Settings
 
@@ -61,6 +61,7 @@ async def _trade(url: str) -> None:
         await m.post(m.buyer, f"/escrow/{names[2]}/close")
         await _trade_by_hand(m)
         await m.post(m.provider, "/faucet/claim")
+        await _come_and_go(m)
 
 
 async def _trade_by_hand(m: Market) -> None:
@@ -85,6 +86,25 @@ async def _trade_by_hand(m: Market) -> None:
     assert (await m.post(m.buyer, "/transfers", sent)).status_code == 201
     async with m.escrow.ledger.write() as tx:
         await banking.book(tx, "op", "deposit", m.buyer.agent_id, Atomic(5), "line 1")
+
+
+async def _come_and_go(m: Market) -> None:
+    """A tenant, an agent with a handle and its end, keys that ended, a webhook."""
+    async with m.escrow.ledger.write() as tx:
+        await tenants.create(tx, "shop", "live")
+        code = m.buyer.agent_id
+        gone = await agents.register(tx, "gone", tenant="shop", handle="bot", referral_code=code)
+        await sessions.revoke_agent(tx, gone["agent_id"], "operator")
+    wish = {"url": "https://receiver.example/"}
+    assert (await m.post(m.buyer, "/webhooks", wish)).status_code == 201
+    for name in ("short", "rotated"):
+        made = await m.post(m.buyer, "/agents/me/keys", {"name": name, "scopes": ["read"]})
+        path = f"/agents/me/keys/{made.json()['key_id']}"
+        if name == "short":
+            answer = await m.http.delete(path, headers=m.buyer.headers)
+        else:
+            answer = await m.post(m.buyer, f"{path}/rotate", {"grace_seconds": 60})
+        assert answer.is_success, answer.text
 
 
 KEPT = ("evidence", "transfers", "bookings", "faucet_claims")
@@ -262,6 +282,47 @@ TAMPERING: list[tuple[str, str]] = [
     ("DELETE FROM bookings", "row ('bookings'"),
     ("UPDATE faucet_claims SET day = day - 1", "another day"),
     ("DELETE FROM faucet_claims", "row ('faucet_claims'"),
+    ("UPDATE escrows SET due_at = 1 WHERE status = 'partially_released'", "ought to be"),
+    ("UPDATE escrows SET due_at = due_at + 1 WHERE status = 'closing'", "ought to be"),
+    ("UPDATE escrows SET due_at = 1 WHERE kind = 'manual'", "ought to be"),
+    ("UPDATE escrows SET due_at = NULL WHERE kind = 'manual'", "ought to be"),
+    ("UPDATE escrows SET status = 'locked' WHERE status = 'partially_released'", "ought to be"),
+    ("UPDATE escrows SET status = 'delivered' WHERE kind = 'manual'", "ought to be"),
+    ("UPDATE escrows SET status = 'closing', closing_deadline = claim_until, due_at = claim_until"
+        " WHERE status = 'partially_released'", "ought to be"),
+    ("UPDATE escrows SET closing_deadline = closing_deadline - 1, due_at = due_at - 1"
+        " WHERE status = 'closing'", "closes at another time"),
+    ("UPDATE escrows SET closing_deadline = 1 WHERE kind = 'manual'", "only a session"),
+    ("UPDATE escrows SET claim_until = 1 WHERE status = 'partially_released'", "good for less"),
+    ("UPDATE agreements SET carry = '9/10'", "another fraction"),
+    ("UPDATE agents SET revoked_at = NULL WHERE name = 'gone'", "another end"),
+    ("UPDATE agents SET revoked_at = 1 WHERE name = 'third'", "another end"),
+    ("UPDATE agents SET referrer = NULL WHERE name = 'gone'", "another referrer"),
+    ("UPDATE agents SET referrer = agent_id WHERE name = 'third'", "no entry says"),
+    ("UPDATE agents SET handle = 'other' WHERE name = 'gone'", "another handle"),
+    ("UPDATE agents SET handle = 'other' WHERE name = 'third'", "no entry says"),
+    ("UPDATE agents SET tenant = 'public' WHERE name = 'gone'", "another tenant"),
+    ("UPDATE agents SET tenant = 'operator' WHERE name = 'third'", "no entry says"),
+    ("UPDATE agents SET tenant = 'public-test' WHERE name = 'third'", "another mode"),
+    ("UPDATE accounts SET asset = 'USDC:test'"
+        " WHERE account = (SELECT 'agent:' || agent_id FROM agents WHERE name = 'third')",
+        "another mode"),
+    ("UPDATE tenants SET mode = 'live' WHERE tenant = 'public-test'", "another mode"),
+    ("UPDATE tenants SET mode = 'test' WHERE tenant = 'shop'", "another mode"),
+    ("INSERT INTO tenants (tenant, mode, created_at) VALUES ('x', 'live', 1)", "in no entry"),
+    ("UPDATE api_keys SET revoked_at = NULL WHERE name = 'short'", "another revoked_at"),
+    ("UPDATE api_keys SET expires_at = NULL WHERE expires_at IS NOT NULL", "another expires_at"),
+    ("UPDATE api_keys SET revoked_at = NULL"
+        " WHERE agent_id = (SELECT agent_id FROM agents WHERE name = 'gone')",
+        "another revoked_at"),
+    ("UPDATE api_keys SET scopes = 'admin' WHERE name = 'short'", "another scopes"),
+    ("UPDATE api_keys SET agent_id = (SELECT agent_id FROM agents WHERE name = 'third')"
+        " WHERE name = 'short'", "another agent_id"),
+    ("UPDATE webhooks SET url = 'https://evil.example/'", "another url_sha256"),
+    ("UPDATE webhooks SET agent_id = (SELECT agent_id FROM agents WHERE name = 'third')",
+        "another agent_id"),
+    ("UPDATE journals SET agent_id = (SELECT agent_id FROM agents WHERE name = 'third')",
+        "belongs to another agent"),
 ]  # fmt: skip
 
 
@@ -274,6 +335,47 @@ async def test_rows_are_held_to_what_their_entries_said(
     stranger.run(fraud)
     violations = await audit(stranger.url)
     assert any(one.startswith("I20 ") and found in one for one in violations), violations
+
+
+MOVED = [
+    (["UPDATE escrows SET due_at = 1 WHERE status = 'partially_released'"], "before the deadline"),
+    (["UPDATE escrows SET due_at = 1, closing_deadline = 1 WHERE status = 'closing'"],
+        "before the deadline"),
+    (["UPDATE disputes SET deadline = 1 WHERE number = 2",
+        "UPDATE escrows SET due_at = 1 WHERE kind = 'manual'"], "what it waited for"),
+    (["UPDATE parts SET review_until = 1", "UPDATE escrows SET due_at = 1 WHERE kind = 'manual'"],
+        "what it waited for"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("moved", "found"), MOVED)
+async def test_what_the_service_did_at_a_moved_deadline_is_found(
+    stranger: Stranger, moved: list[str], found: str
+) -> None:
+    """I20: no deadline counts before it was, though the rows agree with what was done."""
+    stranger.run(*moved)
+    ledger = await open_ledger(Settings(stranger.url, ROOT_SEED), MovingClock(), serving=True)
+    try:
+        await ledger.sweep()
+    finally:
+        await ledger.close()
+    violations = await audit(stranger.url)
+    assert any(one.startswith("I20 entry") and found in one for one in violations), violations
+
+
+async def test_a_close_before_the_vouchers_end_is_found(stranger: Stranger) -> None:
+    """I20: a session closes no sooner than vouchers are good that an entry spoke of."""
+    stranger.run("UPDATE escrows SET claim_until = 1 WHERE status = 'partially_released'")
+    ledger = await open_ledger(Settings(stranger.url, ROOT_SEED), MovingClock(), serving=True)
+    try:
+        async with ledger.write() as tx:
+            query = select(schema.escrows).where(schema.escrows.c.claim_until == 1)
+            (escrow,) = await fetch_escrows(tx.connection, query)
+            assert sessions.close_as_buyer(tx, escrow)["status"] == "settled"
+    finally:
+        await ledger.close()
+    violations = await audit(stranger.url)
+    assert any("closes before vouchers were good until" in one for one in violations), violations
 
 
 def test_what_was_said_is_append_only(stranger: Stranger) -> None:
@@ -337,6 +439,29 @@ async def test_there_is_never_more_money_than_an_integer_holds(db: str) -> None:
     finally:
         await ledger.close()
     assert await audit(settings.database_url) == []
+
+
+async def test_money_never_crosses_assets(db: str) -> None:
+    """Rule 2: what would move between accounts of two assets is refused, and nothing is written."""
+    ledger = await open_ledger(Settings(db, ROOT_SEED), MovingClock(), serving=True)
+    live, other = modes.house("USDC"), modes.house("USDC:test")
+    moves = [Transfer(modes.world("USDC"), live, Atomic(5))]
+    both = [("USDC", moves), ("USDC:test", [Transfer(modes.world("USDC:test"), live, Atomic(5))])]
+    try:
+        for asset in ("USDC", "USDC:test"):
+            for fraud in (Transfer(live, other, Atomic(1)), Transfer(other, live, Atomic(1))):
+                with pytest.raises(IntegrityError):
+                    async with ledger.write() as tx:
+                        tx.post("fraud", [fraud], asset)
+        with pytest.raises(ValueError, match="two assets"):  # noqa: PT012 (at the end of a block)
+            async with ledger.write() as tx:
+                for asset, lines in both:
+                    tx.post("fraud", lines, asset)
+        async with reading(ledger) as connection:
+            assert await balance_of(connection, live) == 0
+    finally:
+        await ledger.close()
+    assert await audit(db) == []
 
 
 async def test_the_largest_amount_still_trades(db: str) -> None:

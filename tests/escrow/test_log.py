@@ -104,8 +104,9 @@ async def test_what_entries_led_to_is_marked(db: str) -> None:
         await m.escrow.pass_time(1000)
         said = [row.data for row in await entries_of(m) if row.escrow_id == name]
     low, none, exhausted = ('{"low_balance":true}', None, '{"exhausted":true}')
+    closing = '{"closing_deadline":1800000900}'
     assert said.pop(0).startswith('{"terms":"')
-    assert said == [none, low, none, exhausted, none, '{"ended":"buyer_close"}']
+    assert said == [none, low, none, exhausted, closing, '{"ended":"buyer_close"}']
 
 
 @pytest.mark.parametrize(("wish", "marked"), [("4", True), ("3.99", False), ("0", False)])
@@ -125,12 +126,12 @@ async def test_a_note_moves_nothing_and_is_proven(db: str) -> None:
     """Audit: what an account did without money is entered, chained, and passes the check."""
     async with market(db) as m:
         async with m.escrow.ledger.write() as tx:
-            tx.note("key_revoked", actor=m.buyer.agent_id, data={"key": "é"})
-            tx.note("tenant_created")
+            tx.note("noted", actor=m.buyer.agent_id, data={"key": "é"})
+            tx.note("noted_again")
         rows = (await entries_of(m))[-2:]
         assert [(row.kind, row.actor, row.data) for row in rows] == [
-            ("key_revoked", m.buyer.agent_id, '{"key":"\\u00e9"}'),
-            ("tenant_created", None, "{}"),
+            ("noted", m.buyer.agent_id, '{"key":"\\u00e9"}'),
+            ("noted_again", None, "{}"),
         ]
         assert await m.escrow.check() == []
 
@@ -210,6 +211,8 @@ def test_a_whole_log_verifies(logged: str, tmp_path: Path) -> None:
     """Audit: books and their export verify under the root key, also over a change of keys."""
     file = str(tmp_path / "log.jsonl")
     assert command("export", "--db", logged, "--out", file) == (0, "")
+    # Who pays whom is for the operator only.
+    assert Path(file).stat().st_mode & 0o777 == 0o600
     whole = "10 entries verify; signed up to entry 8"
     assert command("verify", "--db", logged, "--root", ROOT_KEY) == (0, whole)
     assert command("verify", "--file", file, "--root", ROOT_KEY) == (0, whole)

@@ -14,7 +14,7 @@ from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.rows import balance_of
 from x402mw.escrow.rules.values import Transfer, agent_account
 from x402mw.escrow.settings import DAY_SECONDS
-from x402mw.escrow.tenants import PUBLIC, find_mode
+from x402mw.escrow.tenants import find_mode
 from x402mw.escrow.transactions import OPERATOR, Transaction
 
 
@@ -22,7 +22,7 @@ async def register(
     tx: Transaction,
     name: str,
     *,
-    tenant: str = PUBLIC[modes.LIVE],
+    tenant: str = modes.PUBLIC[modes.LIVE],
     handle: str | None = None,
     referral_code: str | None = None,
     scopes: frozenset[str] = access.USUAL,
@@ -40,8 +40,9 @@ async def register(
     await tx.insert(schema.agents, {**row, "referrer": referrer or None, "created_at": tx.now})
     key = await access.issue(tx, agent_id, mode, scopes)
     # Who registers alone, as most strangers do, enters nothing.
-    if referrer or tenant not in PUBLIC.values():
-        tx.note("agent_created", actor=agent_id, data={"tenant": tenant, "referrer": referrer})
+    if referrer or handle or tenant not in modes.PUBLIC.values():
+        said = {"tenant": tenant, "referrer": referrer, "handle": handle}
+        tx.note("agent_created", actor=agent_id, data=said)
     return {**row, "api_key": key["api_key"], "mode": mode, "balance": display(0)}
 
 

@@ -22,6 +22,7 @@ from x402mw.core.amounts import AMOUNT_MAX
 from x402mw.escrow import modes, schema
 from x402mw.escrow.database import visiting
 from x402mw.escrow.facts import Facts, Row
+from x402mw.escrow.people import People
 from x402mw.escrow.rules.money import balance_changes, read_payees, split_fee
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import (
@@ -117,20 +118,24 @@ async def check(connection: AsyncConnection) -> list[str]:
     The connection's transaction must see one moment.
     """
     service = (await connection.execute(select(schema.service))).one()
-    judge, facts = Judge(*await _read_accounts(connection)), Facts()
+    balances, assets = await _read_accounts(connection)
+    judge, people = Judge(balances, assets), People(assets)
+    facts = Facts(people)
     violations: list[str] = []
     async for chained in read_entries(connection):
         violations += judge.see(chained)
         violations += facts.see(chained.entry)
     violations += judge.see_all_entries(service.entry_seq, service.entry_hash)
-    for table, see in _BESIDE:
+    for table, see in _beside(facts, people):
         async for row in _stream(connection, select(table)):
-            violations += see(facts, row._asdict())
+            violations += see(row._asdict())
     async for row in _stream(connection, _ESCROWS):
         escrow = Escrow._make(row)
         violations += judge.see_escrow(escrow)
         violations += facts.see_escrow(escrow)
+        violations += people.see_escrow(escrow)
     violations += facts.end()
+    violations += people.end()
     return violations
 
 
@@ -153,16 +158,26 @@ async def _stream(connection: AsyncConnection, query: Select[Any]) -> AsyncItera
 
 
 _ESCROWS = select(*(schema.escrows.c[name] for name in Escrow._fields))
-_BESIDE: tuple[tuple[Table, Callable[[Facts, Row], Iterator[str]]], ...] = (
-    (schema.transfers, Facts.see_transfer),
-    (schema.faucet_claims, Facts.see_claim),
-    (schema.bookings, Facts.see_booking),
-    (schema.agreements, Facts.see_agreement),
-    (schema.parts, Facts.see_part),
-    (schema.disputes, Facts.see_dispute),
-    (schema.evidence, Facts.see_evidence),
-)
-"""The tables of what entries speak of beside the money, and who looks at their rows."""
+
+
+def _beside(
+    facts: Facts, people: People
+) -> tuple[tuple[Table, Callable[[Row], Iterator[str]]], ...]:
+    """The tables of what entries speak of beside the money, and who looks at their rows."""
+    return (
+        (schema.tenants, people.see_tenant),
+        (schema.agents, people.see_agent),
+        (schema.api_keys, people.see_key),
+        (schema.webhooks, people.see_webhook),
+        (schema.journals, people.see_journal),
+        (schema.transfers, facts.see_transfer),
+        (schema.faucet_claims, facts.see_claim),
+        (schema.bookings, facts.see_booking),
+        (schema.agreements, facts.see_agreement),
+        (schema.parts, facts.see_part),
+        (schema.disputes, facts.see_dispute),
+        (schema.evidence, facts.see_evidence),
+    )
 
 
 async def read_entries(connection: AsyncConnection, since: int = 0) -> AsyncIterator[Chained]:

@@ -13,17 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from x402mw.core.amounts import to_atomic
 from x402mw.escrow import modes
+from x402mw.escrow.rules.agreement import Dispute, Part
 from x402mw.escrow.rules.table import Event
 from x402mw.escrow.rules.values import Escrow
 from x402mw.escrow.settings import DAY_SECONDS
-from x402mw.escrow.terms import Extra, Milestone, hash_terms
+from x402mw.escrow.terms import Extra, hash_terms
+from x402mw.escrow.timing import Said
 
 if TYPE_CHECKING:
     from x402mw.escrow.books import Entry
+    from x402mw.escrow.people import People
 
 _AGENT = "agent:"
 _BANKED = ("deposit", "withdrawal", "fees")
 _PENDING = {"state": "pending", "proof": "", "review_until": None}
+_OF_DISPUTE = ("number", "opener", "part", "opened_at", "deadline")
+_NOTHING = Said()
+"""What entries say of an escrow that none is about."""
 
 Key = tuple[Any, ...]
 """A table and the key of one of its rows."""
@@ -39,22 +45,41 @@ def hash_content(content: str) -> str:
 class Facts:
     """Sees every entry in order, then every row, then every escrow; says what is wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, people: "People") -> None:
+        """`people` are told what each entry says too, as it is read only once."""
+        self._people = people
         self._rows: dict[Key, dict[str, Any]] = {}
-        self._terms: dict[str, str] = {}
-        self._expires_at: dict[str, int] = {}
+        self._said: dict[str, Said] = {}
         self._unnamed_lines: Counter[Key] = Counter()
-        self._open: dict[str, int] = {}
+        self._open: dict[str, tuple[int, Dispute | None]] = {}
         self._agreements: dict[str, Row] = {}
-        self._parts: dict[str, list[Milestone]] = {}
+        self._parts: dict[str, list[Part]] = {}
 
     def see(self, entry: "Entry") -> Iterator[str]:
         """The next entry."""
         try:
             data = json.loads(entry.data) if entry.data else {}
+            self._people.see(entry, data)
+            yield from self._see_time(entry, data)
             self._note(entry, data)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
             yield f"I20 entry {entry.seq} does not say what its kind says"
+
+    def _see_time(self, entry: "Entry", data: Mapping[str, Any]) -> Iterator[str]:
+        """What an entry says of the times of an escrow, and whether time did not do it too soon."""
+        name = entry.escrow_id
+        if name is None:
+            return
+        yield from self._said.setdefault(name, Said()).see(entry, data)
+        deadline = None
+        if entry.kind == Event.REVIEW_END.value:
+            part = self._rows.get(("parts", name, data["part"]), {})
+            deadline = part.get("review_until")
+        elif entry.kind == Event.UNDECIDED.value:
+            opened = self._rows.get(("disputes", name, data["dispute"]["number"]), {})
+            deadline = opened.get("deadline")
+        if entry.effective_at < (deadline or 0):
+            yield f"I20 entry {entry.seq} counts before what it waited for"
 
     def _note(self, entry: "Entry", data: Mapping[str, Any]) -> None:
         if entry.escrow_id is not None:
@@ -102,10 +127,6 @@ class Facts:
         self._rows["bookings", data["reference"]] = {**line, "operator": entry.actor}
 
     def _note_escrow(self, entry: "Entry", name: str, data: Mapping[str, Any]) -> None:
-        if "terms" in data:
-            self._terms[name] = data["terms"]
-        if "expires_at" in data:
-            self._expires_at[name] = data["expires_at"]
         for number, state, review_until in data.get("parts", ()):
             part = {"state": state, "review_until": review_until}
             self._merge(("parts", name, number), part)
@@ -129,6 +150,10 @@ class Facts:
         if entry.kind == Event.DISPUTE.value:
             said |= {"opener": entry.actor, "reason": data["reason"], "entry": entry.seq}
             said |= {"opened_at": entry.created_at, "status": "open", "arbiter": None}
+            if "raises" in data:
+                ended = {"status": "raised", "to_provider": 0, "to_buyer": 0, "arbiter": None}
+                ended["decided_at"] = entry.created_at
+                self._merge(("disputes", name, data["raises"]), ended)
         else:
             said["decided_at"] = entry.created_at
             said["arbiter"] = entry.actor if entry.kind == Event.RESOLVE.value else None
@@ -147,17 +172,20 @@ class Facts:
     def see_part(self, row: Row) -> Iterator[str]:
         """A part of a manual escrow: a milestone, or the whole."""
         name = row["escrow_id"]
-        part = (row["number"], row["name"], row["amount"])
-        self._parts.setdefault(name, []).append(part)
+        part = Part(*(row[field] for field in Part._fields))
+        # The proof is compared below, and nothing else depends on it.
+        self._parts.setdefault(name, []).append(part._replace(proof=""))
         said = self._rows.pop(("parts", name, row["number"]), {})
-        expected = {**_PENDING, **said} if name in self._terms else said
-        yield from _differ(f"part {row['number']} of {name}", row, expected)
+        expected = {**_PENDING, **said} if self._terms(name) else said
+        yield from differ(f"part {row['number']} of {name}", row, expected)
 
     def see_dispute(self, row: Row) -> Iterator[str]:
         """A dispute."""
         name = row["escrow_id"]
         if row["status"] == "open":
-            self._open[name] = self._open.get(name, 0) + row["amount"]
+            held, _ = self._open.get(name, (0, None))
+            opened = Dispute(**{field: row[field] for field in _OF_DISPUTE})
+            self._open[name] = (held + row["amount"], opened)
         key = ("disputes", name, row["number"])
         yield from self._compare(f"dispute {row['number']} of {name}", key, row)
 
@@ -171,9 +199,13 @@ class Facts:
     def _compare(self, what: str, key: Key, row: Row) -> Iterator[str]:
         """Compares a row of an escrow; one that is older than its entries' words goes unnamed."""
         said = self._rows.pop(key, None)
-        if said is None and key[1] in self._terms:
+        if said is None and self._terms(key[1]):
             yield f"I20 {what} is in no entry"
-        yield from _differ(what, row, said or {})
+        yield from differ(what, row, said or {})
+
+    def _terms(self, name: str) -> str | None:
+        """The hash of an escrow's terms, which the entries of the oldest do not say."""
+        return self._said.get(name, _NOTHING).terms
 
     def see_transfer(self, row: Row) -> Iterator[str]:
         """A transfer."""
@@ -199,20 +231,27 @@ class Facts:
         said = self._rows.pop((*table, row[key]), None)
         if said is None:
             yield f"I20 {what} is in no entry"
-        yield from _differ(what, row, said or {})
+        yield from differ(what, row, said or {})
 
     def see_escrow(self, escrow: Escrow) -> Iterator[str]:
         """One escrow, when all other rows were seen."""
         name = escrow.escrow_id
         row, parts = self._agreements.pop(name, None), sorted(self._parts.pop(name, ()))
-        extra = None if row is None else Extra(row["condition"], row["review_seconds"], parts)
-        if name in self._terms and self._terms[name] != hash_terms(escrow, extra):
+        extra = None
+        if row is not None:
+            milestones = [(part.number, part.name, part.amount) for part in parts]
+            extra = Extra(row["condition"], row["review_seconds"], milestones)
+        said = self._said.pop(name, _NOTHING)
+        if said.terms not in (None, hash_terms(escrow, extra)):
             yield f"I20 {name} has other terms than it was made with"
-        if self._expires_at.get(name, escrow.expires_at) != escrow.expires_at:
-            yield f"I20 {name} ends at another time than its entries say"
-        held = self._open.pop(name, 0)
+        held, opened = self._open.pop(name, (0, None))
         if held != escrow.disputed:
             yield f"I20 {name} holds {escrow.disputed} for disputes over {held}"
+        yield from said.check(escrow)
+        if row is None:
+            yield from said.check_session(escrow)
+        else:
+            yield from said.check_agreement(escrow, row, parts, opened)
 
     def end(self) -> Iterator[str]:
         """There are no more rows: what entries speak of and is gone."""
@@ -220,7 +259,8 @@ class Facts:
             yield f"I20 the row {key} is gone"
 
 
-def _differ(what: str, row: Row, said: Mapping[str, Any]) -> Iterator[str]:
+def differ(what: str, row: Row, said: Mapping[str, Any]) -> Iterator[str]:
+    """The columns of a row that are not what was said."""
     for name, value in said.items():
         if row[name] != value:
             yield f"I20 {what} has another {name} than its entry says"

@@ -7,6 +7,9 @@ the asset's code.
 
 LIVE, TEST = "live", "test"
 MODES = (LIVE, TEST)
+PUBLIC = {LIVE: "public", TEST: "public-test"}
+"""The tenant of agents that register by themselves, for each mode."""
+
 _TEST = ":test"
 
 

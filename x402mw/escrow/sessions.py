@@ -145,7 +145,8 @@ async def top_up(tx: Transaction, caller: str, escrow_id: str, amount: Atomic) -
     await agents.meet(tx, caller, before.provider)
     await agents.check_funds(tx, caller, amount)
     after, token = await _issue(tx, grown)
-    return {**describe(tx.save(before, after, Event.TOP_UP.value)), "token": token}
+    said = {"claim_until": after.claim_until}
+    return {**describe(tx.save(before, after, Event.TOP_UP.value, data=said)), "token": token}
 
 
 async def extend(tx: Transaction, caller: str, escrow_id: str, seconds: int) -> dict[str, Any]:
@@ -168,10 +169,10 @@ async def release(
 
 def close_as_buyer(tx: Transaction, before: Escrow) -> dict[str, Any]:
     """Starts closing; ends at once when no voucher could be redeemed any more."""
-    closing = session.close_by_buyer(before, tx.now)
-    if is_due(closing, tx.now, tx.service.up_since):
-        return _keep(tx, before, session.reach_deadline(closing), Event.DEADLINE)
-    return _keep(tx, before, closing, Event.BUYER_CLOSE)
+    after, event = session.close_by_buyer(before, tx.now), Event.BUYER_CLOSE
+    if is_due(after, tx.now, tx.service.up_since):
+        after, event = session.reach_deadline(after), Event.DEADLINE
+    return _keep(tx, before, after, event, closing_deadline=after.closing_deadline)
 
 
 async def revoke_agent(tx: Transaction, agent_id: str, actor: str) -> dict[str, Any]:
@@ -191,7 +192,9 @@ async def _revoke_all(tx: Transaction, buyer: str, actor: str) -> int:
     )
     found = await fetch_escrows(tx.connection, query)
     for before in found:
-        tx.save(before, session.revoke(before, tx.now), Event.REVOKE.value, actor=actor)
+        after = session.revoke(before, tx.now)
+        said = {"closing_deadline": after.closing_deadline}
+        tx.save(before, after, Event.REVOKE.value, actor=actor, data=said)
     return len(found)
 
 

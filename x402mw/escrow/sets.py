@@ -20,7 +20,11 @@ ROWS_AT_ONCE = 200
 
 
 class Do(Enum):
-    """What a set does with its rows; but for `INSERT` the last column is the key of one row."""
+    """What a set does with its rows; but for `INSERT` the last column is the key of one row.
+
+    `ADD` adds to the second column where the first is what is given; where it is not, the sum is
+    null, which the database refuses.
+    """
 
     INSERT = "insert"
     UPDATE = "update"
@@ -98,8 +102,11 @@ def _sqlite_text(shape: Shape, count: int) -> str:
 
 def _update_one(shape: Shape) -> str:
     *changed, key = shape.columns
-    plus = "{0} + " if shape.do is Do.ADD else ""
-    sets = ", ".join(f"{name} = {plus.format(name)}?" for name in changed)
+    if shape.do is Do.ADD:
+        what, total = changed
+        sets = f"{total} = {total} + CASE {what} WHEN ? THEN ? END"
+    else:
+        sets = ", ".join(f"{name} = ?" for name in changed)
     return f"UPDATE {shape.table.name} SET {sets} WHERE {key} = ?"  # noqa: S608 (own names)
 
 
@@ -128,7 +135,10 @@ def _text(shape: Shape, given: str) -> str:
     if do is Do.INSERT:
         return f"INSERT INTO {table.name} ({names}) {given}"
     *changed, key = columns
-    plus = "old.{0} + " if do is Do.ADD else ""
-    sets = ", ".join(f"{name} = {plus.format(name)}new.{name}" for name in changed)
+    if do is Do.ADD:
+        what, total = changed
+        sets = f"{total} = old.{total} + CASE old.{what} WHEN new.{what} THEN new.{total} END"
+    else:
+        sets = ", ".join(f"{name} = new.{name}" for name in changed)
     update = f"UPDATE {table.name} AS old SET {sets} FROM new"  # noqa: S608 (own names)
     return f"WITH new ({names}) AS ({given}) {update} WHERE old.{key} = new.{key}"

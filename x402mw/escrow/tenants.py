@@ -13,11 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from x402mw.escrow import schema
 from x402mw.escrow.bodies import HANDLE_FORM
 from x402mw.escrow.errors import Refused
-from x402mw.escrow.modes import LIVE, TEST
 from x402mw.escrow.transactions import OPERATOR, Transaction
-
-PUBLIC = {LIVE: "public", TEST: "public-test"}
-"""The tenant of agents that register by themselves, for each mode."""
 
 _NAME = re.compile(HANDLE_FORM, re.ASCII)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -74,7 +75,7 @@ _ENTRY_COLUMNS = (
 _NEW_ENTRY = Shape(Do.INSERT, schema.entries, _ENTRY_COLUMNS)
 _NEW_CHECKPOINT = Shape(Do.INSERT, schema.checkpoints, ("seq", "hash", "created_at", "signature"))
 _NEW_POSTING = Shape(Do.INSERT, schema.postings, ("seq", "line", *Transfer._fields))
-_BALANCE = Shape(Do.ADD, schema.accounts, ("balance", "account"))
+_BALANCE = Shape(Do.ADD, schema.accounts, ("asset", "balance", "account"))
 _ESCROW = Shape(Do.UPDATE, schema.escrows, (*CHANGING, "escrow_id"))
 _PAID_ESCROW = Shape(Do.UPDATE, schema.escrows, (*PAYING, "escrow_id"))
 _SERVICE = Shape(Do.UPDATE, schema.service, (*_HEADS, "id"))
@@ -137,6 +138,7 @@ class Transaction:
         if locked.low_balance is None:
             locked = locked._replace(low_balance=locked.amount // LOW_BALANCE_PART)
         said = {"terms": hash_terms(locked, extra), "expires_at": locked.expires_at}
+        said |= {"claim_until": locked.claim_until} if extra is None else {"carry": "0"}
         return self.save(empty, locked, LOCK, data=said)
 
     def save(
@@ -254,8 +256,7 @@ class Transaction:
 
     async def _write_entries(self) -> None:
         """Writes entries, and all that they and their operations changed, at once."""
-        moves = [move for entry in self._entries for move in entry.transfers]
-        changes = [(change, of) for of, change in balance_changes(moves).items() if change]
+        changes = self._changes()
         chained = [self._chain(entry) for entry in self._entries]
         lines = [
             (entry.seq, line, *move)
@@ -273,7 +274,7 @@ class Transaction:
         heads = [] if state == self._clean else [(*state[3:], self.service.id)]
         await write(
             self.connection,
-            # The database refuses a balance below zero, whatever was decided above it.
+            # The database refuses a balance below zero or another asset, whatever was decided.
             Set(_BALANCE, changes),
             Set(_NEW_ENTRY, chained),
             Set(_NEW_POSTING, lines),
@@ -282,6 +283,17 @@ class Transaction:
             Set(_ESCROW, changed),
             Set(_SERVICE, heads),
         )
+
+    def _changes(self) -> list[tuple[str, int, str]]:
+        """Of which asset each account must be, and by how much its balance changes."""
+        changes: dict[str, tuple[str, int, str]] = {}
+        for asset in {entry.asset for entry in self._entries}:
+            entries = (entry.transfers for entry in self._entries if entry.asset == asset)
+            for account, change in balance_changes(chain.from_iterable(entries)).items():
+                if account in changes:
+                    raise ValueError(f"{account} cannot hold two assets")
+                changes[account] = (asset, change, account)
+        return [each for each in changes.values() if each[1]]
 
     def _checkpoints(self) -> list[tuple[int, str, int, str]]:
         """A checkpoint of the newest entry, if enough were written or somebody wants one."""

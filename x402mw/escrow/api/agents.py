@@ -20,9 +20,8 @@ from x402mw.escrow.api.shared import (
     path_id,
 )
 from x402mw.escrow.errors import Refused, not_found
-from x402mw.escrow.modes import LIVE
+from x402mw.escrow.modes import LIVE, PUBLIC
 from x402mw.escrow.referrals import find_by_handle
-from x402mw.escrow.tenants import PUBLIC
 from x402mw.escrow.transactions import Transaction
 
 

@@ -13,6 +13,7 @@ from x402mw.core import ids
 from x402mw.escrow import schema, sessions
 from x402mw.escrow.errors import Refused, not_found
 from x402mw.escrow.events.derive import write_id
+from x402mw.escrow.facts import hash_content
 from x402mw.escrow.transactions import Transaction
 
 WEBHOOK_ID = "wh_"
@@ -95,7 +96,8 @@ async def create(
     ahead = update(_ONE).where(_ONE.c.cursor < row["since"], ~others)
     await tx.connection.execute(ahead.values(cursor=row["since"]))
     await tx.connection.execute(insert(_HOOKS).values(row))
-    tx.note("webhook_created", data={"webhook_id": webhook_id})
+    said = {"webhook_id": webhook_id, "url_sha256": hash_content(url)}
+    tx.note("webhook_created", data=said)
     secret = tx.signer.webhook_secret(webhook_id, 1)
     return {**describe(await _find(tx.connection, caller, webhook_id)), "secret": secret}
 

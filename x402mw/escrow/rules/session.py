@@ -77,10 +77,9 @@ def _happen(before: Escrow, event: Event, **changes: Any) -> Escrow:
     phase = _AFTER.get(event, before.phase)
     released = changes.get("released", before.released)
     amount = changes.get("amount", before.amount)
-    changes["status"] = _status(phase, released, amount)
     closing = changes.get("closing_deadline", before.closing_deadline)
-    expires_at = changes.get("expires_at", before.expires_at)
-    changes["due_at"] = None if phase is Phase.ENDED else closing or expires_at
+    deadline = closing or changes.get("expires_at", before.expires_at)
+    changes["status"], changes["due_at"] = standing(phase, released, amount, deadline)
     # One copy and not two: a batch makes thousands.
     return before._replace(**changes)
 
@@ -93,10 +92,13 @@ _AFTER = {
 }
 
 
-def _status(phase: Phase, released: int, amount: int) -> str:
+def standing(phase: Phase, released: int, amount: int, deadline: int) -> tuple[str, int | None]:
+    """The status of a session in a phase, and when time does something to it."""
     if phase is Phase.OPEN:
-        return "partially_released" if released else "locked"
-    return "closing" if phase is Phase.CLOSING else ended_status(amount, released)
+        return "partially_released" if released else "locked", deadline
+    if phase is Phase.CLOSING:
+        return "closing", deadline
+    return ended_status(amount, released), None
 
 
 def _raise_released(escrow: Escrow, cumulative: Atomic) -> dict[str, Atomic]:
