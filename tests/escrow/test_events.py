@@ -281,6 +281,54 @@ async def test_a_slow_reader_misses_nothing(db: str, monkeypatch: pytest.MonkeyP
     assert [event["data"]["escrow_id"] for event in found] == names
 
 
+async def test_who_reads_others_past_is_kept_alive_and_asked_again(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stream: each part of the log with nothing to tell is a comment, and a dead key ends there."""
+    monkeypatch.setattr(feed, "ENTRIES_AT_ONCE", 3)
+    async with market(db) as m:
+        for _ in range(5):
+            await m.open("1")
+        stranger = await m.escrow.new_agent("stranger")
+        async with listening(m, stranger, "0") as stream, asyncio.timeout(10):
+            assert [await anext(stream) for _ in range(3)] == [{}] * 3
+        monkeypatch.setattr(feed, "KEEP_ALIVE_SECONDS", 0)
+        monkeypatch.setattr(feed, "REST_SECONDS_MAX", 0.5)
+        monkeypatch.setattr(feed, "RESTS", 1000)
+        async with listening(m, stranger, "0") as stream, asyncio.timeout(10):
+            await anext(stream)
+            assert (await m.post(stranger, "/agents/me/revoke")).status_code == 200
+            assert [event async for event in stream if event] == []
+
+
+async def test_the_log_is_read_for_one_stream_at_a_time() -> None:
+    """Stream: however many catch up, one looks into the log, and then all of them rest."""
+
+    class Slow:
+        running = most = 0
+
+        async def read(self, _work: Any) -> list[Any]:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            await asyncio.sleep(0.01)
+            self.running -= 1
+            return []
+
+    slow: Any = Slow()
+    streams = feed.Feed(slow)
+    streams._at = 4 * feed.ENTRIES_AT_ONCE
+    streams._live.set()
+    readers = [streams.enter(f"ag_{number % 3}", None) for number in range(6)]
+
+    async def count(reader: feed.Reader) -> int:
+        return len([told async for told in streams._catch_up(reader, (1, 0))])
+
+    began = asyncio.get_running_loop().time()
+    assert await asyncio.gather(*map(count, readers)) == [4] * 6
+    assert slow.most == 1
+    assert asyncio.get_running_loop().time() - began >= 24 * 0.01 * (1 + feed.RESTS)
+
+
 async def test_a_stream_of_one_escrow(db: str) -> None:
     """Stream: with escrow_id only that escrow is told; others' are not found."""
     async with market(db) as m:

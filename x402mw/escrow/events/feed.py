@@ -8,11 +8,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
-from functools import partial
 
 from x402mw.escrow.errors import Refused
 from x402mw.escrow.events.derive import REVOKED, Told
-from x402mw.escrow.events.log import find_head, read_events
+from x402mw.escrow.events.log import ENTRIES_AT_ONCE, find_head, read_events, read_events_of
 from x402mw.escrow.events.news import Ear
 from x402mw.escrow.ledger import Ledger
 
@@ -21,6 +20,9 @@ STREAMS_PER_AGENT = 8
 STREAMS_MAX = 2000
 KEPT_MAX = 1000
 KEEP_ALIVE_SECONDS = 15
+RESTS, REST_SECONDS_MAX = 3, 0.1
+"""After each look into the log for one stream, all of them rest so many times as long."""
+
 Position = tuple[int, int]
 
 
@@ -28,9 +30,11 @@ class Reader:
     """One stream: what is kept for it until it is sent.
 
     `doubted` when a key of its agent was revoked, `ended` when it has to make room for another.
+    All streams of an agent share a `turn`: one of them reads the log at a time.
     """
 
-    def __init__(self, agent_id: str, escrow_id: str | None) -> None:
+    def __init__(self, agent_id: str, escrow_id: str | None, turn: asyncio.Lock) -> None:
+        self.turn = turn
         self.agent_id = agent_id
         self.escrow_id = escrow_id
         self.kept: deque[Told] = deque()
@@ -66,6 +70,7 @@ class Feed:
         self._readers: dict[str, list[Reader]] = {}
         self._count = 0
         self._ear: Ear | None = None
+        self._log_turn = asyncio.Lock()
         # Set while the feed follows the log: not when nobody listens.
         self._live = asyncio.Event()
 
@@ -102,8 +107,9 @@ class Feed:
     def enter(self, agent_id: str, escrow_id: str | None) -> Reader:
         """A place for a new stream, or a refusal; whoever takes it leaves it."""
         self._make_room(agent_id)
-        reader = Reader(agent_id, escrow_id)
-        self._readers.setdefault(agent_id, []).append(reader)
+        mine = self._readers.setdefault(agent_id, [])
+        reader = Reader(agent_id, escrow_id, mine[0].turn if mine else asyncio.Lock())
+        mine.append(reader)
         self._count += 1
         if self._ear is not None:
             self._ear.wake()
@@ -140,9 +146,9 @@ class Feed:
         position = since
         while not self._is_over(reader):
             if reader.behind:
-                async for told in self._catch_up(reader, position):
-                    position = told.seq, told.part
-                    yield told
+                async for old in self._catch_up(reader, position):
+                    position = position if old is None else (old.seq, old.part)
+                    yield old
             quiet = not reader.kept
             while reader.kept and not reader.ended:
                 told = reader.kept.popleft()
@@ -161,20 +167,37 @@ class Feed:
         """The number of the newest entry."""
         return await self._ledger.read(find_head)
 
-    async def _catch_up(self, reader: Reader, position: Position) -> AsyncIterator[Told]:
-        """What the log has after a position; from then on the feed keeps events."""
+    async def _catch_up(self, reader: Reader, position: Position) -> AsyncIterator[Told | None]:
+        """What the log has after a position, None for a part of it with nothing for this stream.
+
+        From then on the feed keeps events.
+        """
         await self._live.wait()
         reader.kept.clear()
         reader.behind = False
         upto, target = position[0] - 1, self._at
         while upto < target and not self._is_over(reader):
-            read = await self._ledger.read(partial(read_events, since=upto))
-            for told in read.events:
-                if (told.seq, told.part) > position and reader.wants(told):
-                    yield told
-            if read.upto == upto:
-                break
-            upto = read.upto
+            end = min(upto + ENTRIES_AT_ONCE, target)
+            found = await self._read_for(reader, upto, end)
+            mine = [told for told in found if (told.seq, told.part) > position]
+            for told in mine:
+                yield told
+            if not mine:
+                yield None
+            upto = end
+
+    async def _read_for(self, reader: Reader, since: int, upto: int) -> list[Told]:
+        """A part of the log for one stream, when it is its turn: one of each agent, one of all."""
+        agent_id, escrow_id = reader.agent_id, reader.escrow_id
+        clock = asyncio.get_running_loop()
+        async with reader.turn, self._log_turn:
+            began = clock.time()
+            found = await self._ledger.read(
+                lambda db: read_events_of(db, agent_id, escrow_id, since, upto)
+            )
+            # However many read from the beginning, most of the time is everybody else's.
+            await asyncio.sleep(min(RESTS * (clock.time() - began), REST_SECONDS_MAX))
+        return found
 
     def close(self) -> None:
         """Ends all streams."""

@@ -4,16 +4,25 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import literal, select
+from sqlalchemy import literal, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from x402mw.core.amounts import Atomic, display
 from x402mw.escrow import schema
 from x402mw.escrow.books import Entry
-from x402mw.escrow.events.derive import Told, tell
+from x402mw.escrow.events.derive import REVOCATIONS, Told, tell
 from x402mw.escrow.rules.values import Transfer, agent_account
 
 ENTRIES_AT_ONCE = 500
+_WITH_PARTIES = (
+    select(schema.entries, schema.escrows.c.buyer, schema.escrows.c.provider)
+    .select_from(
+        schema.entries.outerjoin(
+            schema.escrows, schema.escrows.c.escrow_id == schema.entries.c.escrow_id
+        )
+    )
+    .order_by(schema.entries.c.seq)
+)
 
 
 class Read(NamedTuple):
@@ -28,24 +37,32 @@ async def find_head(connection: AsyncConnection) -> int:
     return int((await connection.execute(select(schema.service.c.entry_seq))).scalar_one())
 
 
-async def read_events(
-    connection: AsyncConnection, since: int, limit: int = ENTRIES_AT_ONCE
-) -> Read:
+async def read_events(connection: AsyncConnection, since: int) -> Read:
     """The events of the next entries after one."""
-    entries, escrows = schema.entries, schema.escrows
-    query = (
-        select(entries, escrows.c.buyer, escrows.c.provider)
-        .select_from(entries.outerjoin(escrows, escrows.c.escrow_id == entries.c.escrow_id))
-        .where(entries.c.seq > since)
-        .order_by(entries.c.seq)
-        .limit(limit)
-    )
+    query = _WITH_PARTIES.where(schema.entries.c.seq > since).limit(ENTRIES_AT_ONCE)
     rows = (await connection.execute(query)).all()
+    return Read(await _tell_all(connection, rows), rows[-1].seq if rows else since)
+
+
+async def read_events_of(
+    connection: AsyncConnection, agent_id: str, escrow_id: str | None, since: int, upto: int
+) -> list[Told]:
+    """Events after an entry and up to another that are for an agent, of all its escrows or one."""
+    entries, escrows = schema.entries, schema.escrows
+    mine = escrows.c.buyer == agent_id, escrows.c.provider == agent_id
+    one = or_(*mine, entries.c.kind.in_(REVOCATIONS))
+    if escrow_id is not None:
+        one = entries.c.escrow_id == escrow_id
+    query = _WITH_PARTIES.where(entries.c.seq > since, entries.c.seq <= upto, one)
+    events = await _tell_all(connection, (await connection.execute(query)).all())
+    return [told for told in events if agent_id in told.parties]
+
+
+async def _tell_all(connection: AsyncConnection, rows: Sequence[Any]) -> list[Told]:
     moves = await _read_moves(connection, [row.seq for row in rows])
-    events = [
+    return [
         told for row in rows for told in tell(_entry(row, moves[row.seq]), row.buyer, row.provider)
     ]
-    return Read(events, rows[-1].seq if rows else since)
 
 
 async def _read_moves(
