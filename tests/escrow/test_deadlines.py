@@ -314,3 +314,24 @@ async def test_a_clock_that_was_far_ahead_leaves_no_deadline_waiting(db: str) ->
             await m.escrow.ledger.sweep()
         await m.escrow.pass_time(1800)
         assert (await m.show(name))["status"] == "refunded"
+
+
+async def test_a_pile_of_reviews_is_done_in_turns(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T2: what ends within one escrow counts too, so that no transaction does very much."""
+    monkeypatch.setattr(deadlines, "SWEEP_ITEMS_MAX", 4)
+    async with market(db, balance="20.00") as m:
+        parts = [{"name": f"m{number}", "amount": "1.00"} for number in range(3)]
+        hand = {"to_agent_id": m.provider.agent_id, "amount": "3.00", "review_seconds": 60}
+        for _ in range(4):
+            made = (await m.post(m.buyer, "/escrow", {**hand, "milestones": parts})).json()
+            for part in parts:
+                path = f"/escrow/{made['escrow_id']}/deliver"
+                delivery = {"milestone": part["name"], "proof": "x"}
+                assert (await m.post(m.provider, path, delivery)).status_code == 200
+        await m.escrow.skip_time(60)
+        async with m.escrow.ledger.write() as tx:
+            begun = tx.service.entry_seq
+            assert await deadlines.apply(tx, limit=4) == 4
+            assert tx.service.entry_seq - begun == 6
+        await m.escrow.ledger.sweep()
+        assert await m.balance(m.provider) == "11.88"

@@ -104,10 +104,11 @@ async def _apply(tx: Transaction, of: Of, name: str | None, now: int, limit: int
     if due:
         # What time has done was done while the service was alive: an outage from now on hides none.
         tx.service.heartbeat = max(tx.service.heartbeat, now)
-    begun = tx.service.entry_seq
+    end, found = tx.service.entry_seq + limit, len(due)
     for escrow in due:
-        if tx.service.entry_seq - begun >= limit:
-            return limit
+        if tx.service.entry_seq >= end:
+            found = limit
+            break
         if escrow.kind == MANUAL:
             await agreements.pass_time(tx, await agreements.load(tx.connection, escrow), now)
             continue
@@ -115,7 +116,7 @@ async def _apply(tx: Transaction, of: Of, name: str | None, now: int, limit: int
         with tx.by_time():
             tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, counts_at)
     await tx.flush()
-    return len(due)
+    return found
 
 
 async def any_due(connection: AsyncConnection, of: Of, name: str, now: int) -> bool:
