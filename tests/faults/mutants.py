@@ -32,14 +32,17 @@ def _answer_before_commit() -> None:
 
 
 def _forget_seq() -> None:
-    """A call is admitted whether or not its seq was seen before."""
-    lookup = calls.lookup
+    """A call whose seq was seen before runs once more, instead of being answered again."""
+    admit = calls.admit
 
-    def forgetful(*given: Any, **named: Any) -> Any:
-        found = lookup(*given, **named)
-        return found if found is None or not isinstance(found.outcome, Outcome) else None
+    def forgetful(transaction: Any, claim: Any, **named: Any) -> Any:
+        found = admit(transaction, claim, **named)
+        if not isinstance(found, Outcome):
+            return found
+        terms = claim.terms
+        return calls.Admitted(claim.session, claim.seq, claim.commitment, terms, terms.amount)
 
-    patch("x402mw.provider.journal.calls:lookup", forgetful)
+    patch("x402mw.provider.journal.calls:admit", forgetful)
 
 
 def _leave_open() -> None:

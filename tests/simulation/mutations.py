@@ -116,16 +116,15 @@ def _fee_per_release() -> Patch:
 
 
 def _post_twice() -> Patch:
-    """A change of an escrow is posted two times."""
-    post = Transaction.post
+    """A deadline is entered two times."""
+    enter = Transaction._enter
 
-    def twice(tx: Any, kind: str, moves: Any, *given: Any, **named: Any) -> None:
-        lines = list(moves)
-        post(tx, kind, lines, *given, **named)
+    def twice(tx: Any, kind: str, *given: Any, **named: Any) -> None:
+        enter(tx, kind, *given, **named)
         if kind == "deadline":
-            post(tx, kind, lines, *given, **named)
+            enter(tx, kind, *given, **named)
 
-    return mock.patch.object(Transaction, "post", twice)
+    return mock.patch.object(Transaction, "_enter", twice)
 
 
 _close_by_buyer = session.close_by_buyer
