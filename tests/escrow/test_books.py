@@ -318,7 +318,13 @@ TAMPERING: list[tuple[str, str]] = [
     ("UPDATE api_keys SET scopes = 'admin' WHERE name = 'short'", "another scopes"),
     ("UPDATE api_keys SET agent_id = (SELECT agent_id FROM agents WHERE name = 'third')"
         " WHERE name = 'short'", "another agent_id"),
+    ("INSERT INTO api_keys (key_id, agent_id, key_hash, scopes, name, created_at)"
+        " SELECT 'key_x', agent_id, 'x', 'spend', '', 1 FROM agents WHERE name = 'third'",
+        "is in no entry"),
     ("UPDATE webhooks SET url = 'https://evil.example/'", "another url_sha256"),
+    ("INSERT INTO webhooks (webhook_id, agent_id, url, events, status, created_at, since,"
+        " generation) SELECT 'wh_x', agent_id, url, events, status, 1, since, 1 FROM webhooks",
+        "is in no entry"),
     ("UPDATE webhooks SET agent_id = (SELECT agent_id FROM agents WHERE name = 'third')",
         "another agent_id"),
     ("UPDATE journals SET agent_id = (SELECT agent_id FROM agents WHERE name = 'third')",

@@ -39,10 +39,13 @@ def body_of(route: Route) -> Any:
     return page.example(DOCUMENT, {"$ref": f"#/components/schemas/{model.__name__}"})
 
 
-async def revoke(m: Market, agent: Agent) -> None:
-    """Ends all keys of an agent, as another process would."""
+async def revoke(m: Market, agent: Agent, revoked_at: int | None = 1) -> None:
+    """Ends all keys of an agent, as another process would; None takes it back.
+
+    It enters nothing, so with it the books would not prove right.
+    """
     keys = schema.api_keys
-    dead = update(keys).where(keys.c.agent_id == agent.agent_id).values(revoked_at=1)
+    dead = update(keys).where(keys.c.agent_id == agent.agent_id).values(revoked_at=revoked_at)
     async with m.escrow.ledger._engine.begin() as connection:
         await connection.execute(dead)
 
@@ -85,6 +88,7 @@ async def test_what_waits_for_the_writer_dies_with_its_key(db: str) -> None:
         for task in waiting:
             assert code_of(await task) == (401, "unauthorized"), (await task).request.url
         assert await stored(m) == before
+        await revoke(m, agent, None)
 
 
 async def begin(
@@ -113,6 +117,7 @@ async def test_a_body_that_comes_after_the_keys_end(db: str) -> None:
         assert b" 401 " in await reader.readline()
         writer.close()
         assert await m.balance(m.provider) == "0.00"
+        await revoke(m, m.buyer, None)
 
 
 async def test_a_body_that_does_not_come(db: str, monkeypatch: pytest.MonkeyPatch) -> None:

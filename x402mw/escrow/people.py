@@ -32,6 +32,7 @@ class People:
         self._agents: dict[str, dict[str, Any]] = {}
         self._revoked: dict[str, int] = {}
         self._keys: dict[str, dict[str, Any]] = {}
+        self._with_first: set[str] = set()
         self._hooks: dict[str, dict[str, Any]] = {}
         self._owners: dict[str, str] = {}
         self._handles_since: int | None = None
@@ -117,15 +118,22 @@ class People:
             yield f"I20 agent {name} has money of another mode than its tenant"
 
     def see_key(self, row: Row) -> Iterator[str]:
-        """An API key: whose it is, where that was entered, and its end."""
-        end = {"revoked_at": self._revoked.get(row["agent_id"]), "expires_at": None}
-        said = {**end, **self._keys.pop(row["key_id"], {})}
-        yield from differ(f"key {row['key_id']}", row, said)
+        """An API key: whose it is, and its end. Only the first of each agent is in no entry."""
+        agent, said = row["agent_id"], self._keys.pop(row["key_id"], None)
+        if said is None:
+            if agent in self._with_first:
+                yield f"I20 key {row['key_id']} is in no entry"
+            self._with_first.add(agent)
+        end = {"revoked_at": self._revoked.get(agent), "expires_at": None}
+        yield from differ(f"key {row['key_id']}", row, {**end, **(said or {})})
 
     def see_webhook(self, row: Row) -> Iterator[str]:
         """A webhook: who is told, and where."""
         name, shown = row["webhook_id"], {**row, "url_sha256": hash_content(row["url"])}
-        yield from differ(f"webhook {name}", shown, self._hooks.get(name, {}))
+        said = self._hooks.get(name)
+        if said is None:
+            yield f"I20 webhook {name} is in no entry"
+        yield from differ(f"webhook {name}", shown, said or {})
 
     def see_journal(self, row: Row) -> Iterator[str]:
         """A provider's book; its sessions tell whose it is."""
