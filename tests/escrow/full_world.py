@@ -34,6 +34,9 @@ class Crash(Exception):
 class FullWorld(World):
     """Two buyers and two providers, an arbiter, a referrer, a payee."""
 
+    checked = 0
+    """The newest change whose escrow was looked at."""
+
     async def start(self) -> None:
         """Registers them; the referrer introduced nobody, so that codes name it."""
         await super().start()
@@ -51,15 +54,17 @@ class FullWorld(World):
             await deadlines.apply_to_one(tx, self.escrows[index])
 
     async def check_agreements(self) -> None:
-        """The rows of every manual escrow are a state that the pure rules allow."""
+        """The rows of every manual escrow that has changed are a state that the rules allow."""
 
         async def load(connection: AsyncConnection) -> list[Agreement]:
-            query = select(schema.escrows).where(schema.escrows.c.kind == MANUAL)
-            escrows = await fetch_escrows(connection, query)
-            return [await agreements.load(connection, escrow) for escrow in escrows]
+            escrows = schema.escrows.c
+            new = (escrows.kind == MANUAL) & (escrows.change > self.checked)
+            found = await fetch_escrows(connection, select(schema.escrows).where(new))
+            return [await agreements.load(connection, escrow) for escrow in found]
 
         for agreement in await self.ledger.read(load):
             check(agreement)
+            self.checked = max(self.checked, agreement.escrow.change)
 
     async def by_number(self) -> dict[str, Any]:
         """Also what became of parts, carries and disputes, and when each entry counted."""

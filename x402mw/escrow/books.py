@@ -151,7 +151,12 @@ async def _read_accounts(connection: AsyncConnection) -> tuple[dict[str, int], d
 
 
 async def _stream(connection: AsyncConnection, query: Select[Any]) -> AsyncIterator[Any]:
-    """The rows of a query."""
+    """The rows of a query; a cursor for a few of them would cost more than the rows."""
+    few = (await connection.execute(query.limit(ROWS_AT_ONCE))).all()
+    if len(few) < ROWS_AT_ONCE:
+        for row in few:
+            yield row
+        return
     async for rows in (await connection.stream(query)).partitions(ROWS_AT_ONCE):
         for row in rows:
             yield row
