@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from tests.escrow.market import JOURNAL, Market, code_of, market
 from tests.escrow.operators import make_agent, make_key
@@ -205,6 +205,32 @@ async def test_one_escrow_that_fails_keeps_no_other_waiting(
         assert alive == m.escrow.ledger.now()
         (told,) = [r for r in caplog.records if getattr(r, "event", "") == "deadline_failed"]
         assert told.escrow == made[2]
+
+
+async def test_one_damaged_escrow_stops_nobody_else(
+    db: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """T2, T5: after an outage others write on, and its parties have the rest of their money."""
+    async with market(db) as m:
+        hand = {"to_agent_id": m.provider.agent_id, "amount": "1.00", "expires_in_seconds": 40}
+        made = [(await m.post(m.buyer, "/escrow", hand)).json()["escrow_id"] for _ in range(2)]
+        await set_carry(m, made[0], "x")
+        await m.escrow.skip_time(41)
+        m.escrow.clock.advance(100)
+        assert (await m.post(m.buyer, "/escrow", hand)).status_code == 201
+        assert (await m.show(made[1]))["status"] == "refunded"
+        told = [r for r in caplog.records if getattr(r, "event", "") == "deadline_failed"]
+        assert {record.escrow for record in told} == {made[0]}
+        await set_carry(m, made[0], "0")
+        await m.escrow.skip_time(600)
+        assert (await m.show(made[0]))["status"] == "refunded"
+
+
+async def set_carry(m: Market, name: str, carry: str) -> None:
+    """Writes into the database what the service would not."""
+    async with m.escrow.ledger._engine.begin() as connection:
+        of_one = update(schema.agreements).where(schema.agreements.c.escrow_id == name)
+        await connection.execute(of_one.values(carry=carry))
 
 
 async def queued(writer: asyncio.Lock, count: int) -> None:

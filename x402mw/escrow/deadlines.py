@@ -4,6 +4,7 @@ Whoever first meets a deadline applies it, stamped with the time at which it cou
 outage postpones it (T5): both in `docs/money.md` 6.
 """
 
+import logging
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -16,8 +17,10 @@ from x402mw.escrow.rows import fetch_escrows
 from x402mw.escrow.rules.outage import effective_deadline
 from x402mw.escrow.rules.session import reach_deadline
 from x402mw.escrow.rules.table import Event
-from x402mw.escrow.rules.values import MANUAL
+from x402mw.escrow.rules.values import MANUAL, Escrow
 from x402mw.escrow.transactions import Transaction
+
+_log = logging.getLogger("x402mw.escrow")
 
 HEARTBEAT_SECONDS = 10
 GAP_SECONDS = 60
@@ -110,13 +113,25 @@ async def _apply(tx: Transaction, of: Of, name: str | None, now: int, limit: int
             found = limit
             break
         if escrow.kind == MANUAL:
-            await agreements.pass_time(tx, await agreements.load(tx.connection, escrow), now)
+            found -= not await _apply_manual(tx, escrow, now)
             continue
         counts_at = max(escrow.due_at or 0, earliest)
         with tx.by_time():
             tx.save(escrow, reach_deadline(escrow), Event.DEADLINE.value, counts_at)
     await tx.flush()
     return found
+
+
+async def _apply_manual(tx: Transaction, escrow: Escrow, now: int) -> bool:
+    """Does what time has done, unless rows are damaged: those of one must not stop everybody."""
+    try:
+        agreement = await agreements.load(tx.connection, escrow)
+    except (ValueError, LookupError, ArithmeticError):
+        extra = {"event": "deadline_failed", "escrow": escrow.escrow_id}
+        _log.exception("a deadline could not be applied", extra=extra)
+        return False
+    await agreements.pass_time(tx, agreement, now)
+    return True
 
 
 async def any_due(connection: AsyncConnection, of: Of, name: str, now: int) -> bool:
