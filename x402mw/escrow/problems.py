@@ -53,7 +53,9 @@ PROBLEMS = {
         (403,), "only the provider of this escrow may do that", "ask the provider"
     ),
     "not_the_opener": Problem(
-        (403,), "only who opened the dispute may withdraw it", "ask the other party"
+        (403,),
+        "only who opened the dispute may withdraw it, and nobody what both want",
+        "ask the other party, or wait for the decision",
     ),
     "not_the_operator": Problem(
         (403,), "only the operator of this escrow may do that", "ask the operator"
@@ -134,7 +136,9 @@ PROBLEMS = {
         "present exactly the agreed outcome, as text",
     ),
     "too_much_evidence": Problem(
-        (409,), "a dispute takes no more statements", "wait for the decision"
+        (409,),
+        "you have made as many statements in this dispute as a party may",
+        "wait for the decision",
     ),
     "withdrawn_too_often": Problem(
         (409,),
