@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncResult
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 Result = TypeVar("Result")
 Work = Callable[[AsyncConnection], Coroutine[Any, Any, Result]]
@@ -24,10 +24,6 @@ class Direct(AsyncConnection):
     async def execute(self, *given: Any, **named: Any) -> Any:
         """Runs a statement."""
         return self._proxied.execute(*given, **named)
-
-    async def stream(self, *given: Any, **named: Any) -> Any:  # type: ignore[override]
-        """Runs a statement whose rows are read as they are wanted."""
-        return AsyncResult(self._proxied.execute(*given, **named))
 
     async def exec_driver_sql(self, *given: Any, **named: Any) -> Any:
         """Runs a statement of the driver's own."""
